@@ -1,0 +1,9 @@
+"""The one error a person is meant to read."""
+
+
+class PairtileError(Exception):
+    """Something the user can mend: a recipe, a path, a file, a world size.
+
+    The message is one line that says what was given, what was expected and what to do. Command line entry
+    points print it alone and exit with code 2; every other exception is a bug and keeps its traceback.
+    """

@@ -1,0 +1,52 @@
+# Every target makes .venv when it is missing and installs what it needs; EXTRAS grow, nothing is reinstalled.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA ?= data/glyphs
+RUN ?= runs/glyphs_clip
+
+.PHONY: demo test test-fast build bench lint typecheck format clean help
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# the setuptools of a new environment may be too old for the editable install; ninja compiles csrc/
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+demo: $(VENV)/.installed-train  ## prepare glyphs, train on two ranks under ZeRO-2, evaluate, print the table
+	$(BIN)/python -m pairtile.engine.demo --data $(DATA) --run $(RUN)
+
+test: $(VENV)/.installed-test  ## the whole test suite
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.installed-test  ## without the tests that take more than 20 seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+build: $(VENV)/.installed-train  ## compile csrc/ for this machine ahead of the first use
+	$(BIN)/python -m pairtile.kernels.build
+
+bench: $(VENV)/.installed-bench  ## speed, memory and exactness beside open_clip
+	$(BIN)/python -m pytest benchmarks
+
+lint: $(VENV)/.installed-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory typecheck
+
+# mypy does not follow the folder mapping of pyproject.toml: give it a tree with the installed names
+typecheck: $(VENV)/.installed-dev
+	@mkdir -p build/typing/pairtile
+	@for part in kernels engine csrc; do ln -sfn ../../../$$part build/typing/pairtile/$$part; done
+	MYPYPATH=build/typing $(BIN)/mypy -p pairtile.kernels -p pairtile.engine
+
+format: $(VENV)/.installed-dev  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove what was built; runs and data stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,32 @@
+"""The training engine: recipes, data, towers, the DeepSpeed trainer, evaluation and export.
+
+``load(path)`` gives a trained model with ``encode_image`` and ``encode_text``; ``pairtile.engine.train.train(recipe)``
+trains one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import PairtileError
+    from .export import Encoder, load
+    from .recipe import Recipe, load_recipe
+
+_HOME = {
+    "Encoder": "export",
+    "PairtileError": "errors",
+    "Recipe": "recipe",
+    "load": "export",
+    "load_recipe": "recipe",
+}
+__all__ = ["Encoder", "PairtileError", "Recipe", "load", "load_recipe"]
+
+
+def __getattr__(name: str) -> Any:
+    # lazily, so that reading a recipe does not wait for DeepSpeed, nor embedding for the trainer
+    if name in _HOME:
+        import importlib
+
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

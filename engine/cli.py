@@ -1,0 +1,90 @@
+"""The ``pairtile`` command: prepare, train, evaluate, export, info."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import PairtileError
+from .prepare.cli import prepare
+
+app = typer.Typer(
+    help="Contrastive vision-language models: prepare data, train under DeepSpeed, evaluate, export.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(prepare, name="prepare")
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to the recipe")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="a YAML file, or the name of a recipe that comes with pairtile")],
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(help="processes on this machine, through the deepspeed launcher")] = 1,
+    dry_run: Annotated[bool, typer.Option(help="print the resolved recipe, parameters and memory; train nothing")] = False,
+) -> None:
+    """Train a model. The same as `deepspeed --module pairtile.engine.train RECIPE`."""
+    arguments = [recipe, *(overrides or []), *(["--dry-run"] if dry_run else [])]
+    if ranks > 1:
+        from .launch import launch
+
+        raise typer.Exit(launch(ranks, arguments))
+    from .train import exit_process, main
+
+    exit_process(main(arguments))
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="the folder of a run")],
+    overrides: Overrides = None,
+    data: Annotated[Path | None, typer.Option(help="another folder of shards with the same splits")] = None,
+    which: Annotated[str, typer.Option(help="best or last checkpoint")] = "best",
+    out: Annotated[Path | None, typer.Option(help="where the results go; default RUN/eval-WHICH")] = None,
+) -> None:
+    """Print a model's scores, write them as JSON and Markdown and draw what it retrieves."""
+    from .evaluation import evaluate_run
+
+    evaluate_run(run, data=data, overrides=overrides, which=_checked(which), out=out)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="a run folder or a checkpoint")],
+    out: Annotated[Path, typer.Option(help="the new folder")],
+    which: Annotated[str, typer.Option(help="best or last checkpoint of a run folder")] = "best",
+) -> None:
+    """Copy a model into a folder of its own: safetensors, configuration, tokenizer."""
+    from .export import export as export_model
+
+    typer.echo(f"exported to {export_model(run, out, which=_checked(which))}")
+
+
+@app.command()
+def info() -> None:
+    """What pairtile found on this machine, and which backend serves what."""
+    from ..kernels import info as gather
+
+    typer.echo(str(gather()))
+
+
+def _checked(which: str) -> str:
+    if which not in ("best", "last"):
+        raise PairtileError(f"--which is {which!r}, expected best or last")
+    return which
+
+
+def run() -> int:
+    """Run the command line; what a person can mend is one line on stderr and exit code 2."""
+    try:
+        app()
+    except PairtileError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,110 @@
+"""Evaluation of a recipe's splits: by the trainer between steps, and by ``pairtile evaluate`` afterwards."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .data import ShardDataset, Tokenizer
+from .errors import PairtileError
+from .evaluate import SplitResult, evaluate_split, print_results, to_markdown, write_json
+from .export import find_model, load
+from .plan import open_split
+from .recipe import EvalConfig, Recipe, load_recipe
+from .runtime import Runtime
+
+RESULTS = "results.json"
+
+
+def open_splits(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, ShardDataset]:
+    """The evaluation splits by name. Raises :class:`PairtileError` for an unknown name or missing shards."""
+    known = recipe.data.val
+    wanted = list(known) if recipe.eval.splits is None else recipe.eval.splits
+    for name in wanted:
+        if name not in known:
+            raise PairtileError(f"eval.splits names {name!r}, which is not in data.val (there: {', '.join(known) or 'none'})")
+    return {name: open_split(recipe, known[name], tokenizer, train=False) for name in wanted}
+
+
+def evaluate_model(
+    model: nn.Module, splits: dict[str, ShardDataset], config: EvalConfig, runtime: Runtime, folder: Path, *,
+    precision: str, about: dict[str, Any] | None = None,
+) -> tuple[list[SplitResult], dict[str, float]]:  # fmt: skip
+    """Evaluate every split and write ``results.json``, ``results.md`` and a contact sheet a split into ``folder``.
+
+    Collective: every rank calls it and gets the same results, and the flat metrics for logs.
+    """
+    results = []
+    for name, dataset in splits.items():
+        wanted = config.classification
+        results.append(
+            evaluate_split(
+                model,
+                dataset,
+                split=name,
+                batch_size=config.batch_size,
+                device=runtime.device,
+                group=runtime.group,
+                rank=runtime.rank,
+                world_size=runtime.world_size,
+                match_ids=config.match_ids,
+                without_flags=config.without_flags,
+                classification=wanted if wanted is not None and wanted.split in (None, name) else None,
+                autocast=torch.bfloat16 if precision == "bf16" else None,
+                contact_sheet=folder / f"{name}.png" if config.contact_sheet else None,
+            )
+        )
+    if runtime.is_main and results:
+        write_json(folder / RESULTS, results, **(about or {}))
+        (folder / "results.md").write_text(to_markdown(results), encoding="utf-8")
+    return results, {key: value for result in results for key, value in result.scalars().items()}
+
+
+def evaluate_run(
+    run: Path, *, data: Path | None = None, overrides: list[str] | None = None, which: str = "best", out: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> list[SplitResult]:  # fmt: skip
+    """Evaluate a trained model, print the table and draw the contact sheets (``pairtile evaluate``).
+
+    Args:
+        run: the folder of a run, whose ``config.yaml`` says what is evaluated and how.
+        data: another folder of shards with the same splits; by default the recipe's.
+        overrides: ``key=value`` changes to the run's recipe, such as ``eval.batch_size=64``.
+        which: ``best`` or ``last`` checkpoint.
+        out: where the results go; by default ``RUN/eval-best`` or ``RUN/eval-last``.
+
+    Raises:
+        PairtileError: no run, no model or no shards.
+    """
+    if not (run / "config.yaml").is_file():
+        raise PairtileError(f"{run} is not a run folder: no config.yaml in it")
+    changes = [*(overrides or []), *([f"data.root={data}"] if data is not None else [])]
+    recipe = load_recipe(run / "config.yaml", changes)
+    source = find_model(run, which)
+    encoder = load(source, device="cuda" if torch.cuda.is_available() else "cpu")
+    splits = open_splits(recipe, encoder.tokenizer)
+    if not splits:
+        raise PairtileError(f"{run}/config.yaml names no evaluation split; add data.val, for example data.val.val='val-*.tar'")
+    folder = out or run / f"eval-{which}"
+    runtime = Runtime(0, 0, 1, encoder.device, None)
+    about = {"model": str(source), "data": recipe.data.root}
+    results, _ = evaluate_model(
+        encoder.model, splits, recipe.eval, runtime, folder, precision=recipe.train.precision, about=about
+    )
+    print_results(results)
+    sheets = ", ".join(str(folder / f"{name}.png") for name in splits) if recipe.eval.contact_sheet else "none"
+    say(f"model: {source}\nresults: {folder / RESULTS}\ncontact sheets: {sheets}")
+    sys.stdout.flush()
+    return results
+
+
+def headline(metrics: dict[str, float]) -> str:
+    """One line for the person who watches a run."""
+    shown = {key: value for key, value in metrics.items() if key.endswith("R@1") and "without" not in key}
+    return "eval  " + "  ".join(f"{key} {value:.1%}" for key, value in shown.items())
+

@@ -1,0 +1,179 @@
+"""Models on disk: safetensors, a JSON configuration and the tokenizer. Nothing here reads or writes a pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .data import DataConfig, Tokenizer, build_image_transform, load_tokenizer
+from .errors import PairtileError
+from .model import DualEncoder
+from .recipe import ModelConfig, validate
+
+FORMAT = "pairtile-dual-encoder/1"
+WEIGHTS = "model.safetensors"
+
+
+def write_model_folder(
+    folder: Path, *, weights: dict[str, Tensor], model: ModelConfig, data: DataConfig, tokenizer: Tokenizer
+) -> None:
+    """Write ``model.safetensors``, ``config.json`` and the tokenizer into an existing folder."""
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    document = {
+        "format": FORMAT,
+        "pairtile": version("pairtile"),
+        "model": model.model_dump(mode="json"),
+        "text": _text_sizes(tokenizer, data),
+        "data": data.model_dump(mode="json", include={"image_mode", "resize", "context_length", "max_pixels"}),
+    }
+    (folder / "config.json").write_text(json.dumps(document, indent=2))
+    tokenizer.save(folder)
+
+
+def build_model(model: ModelConfig, data: DataConfig, tokenizer: Tokenizer) -> DualEncoder:
+    """A freshly initialised model for this tokenizer."""
+    return DualEncoder(model, **_text_sizes(tokenizer, data))
+
+
+def _text_sizes(tokenizer: Tokenizer, data: DataConfig) -> dict[str, int]:
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "pad_id": tokenizer.pad_id,
+        "context_length": data.context_length,
+    }
+
+
+def export(run: str | Path, out: str | Path, *, which: str = "best") -> Path:
+    """Copy a run's model into a folder of its own that :func:`load` reads.
+
+    Args:
+        run: a run folder, a checkpoint or an exported folder.
+        out: the new folder; it must not exist or be empty.
+        which: ``best`` or ``last`` checkpoint of a run folder.
+
+    Raises:
+        PairtileError: there is no model, or ``out`` is not empty.
+    """
+    source, target = find_model(run, which), Path(out)
+    if target.exists() and any(target.iterdir()):
+        raise PairtileError(f"{target} is not empty; give a new folder")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        for file in source.iterdir():
+            if file.is_file() and file.name != "trainer.json":
+                shutil.copy2(file, partial / file.name)
+        if target.exists():
+            target.rmdir()
+        os.replace(partial, target)
+    except OSError as error:
+        raise PairtileError(f"cannot write {target}: {error.strerror}") from None
+    return target
+
+
+def find_model(path: str | Path, which: str = "best") -> Path:
+    """The folder with the weights: ``path`` itself, or the best or last checkpoint of the run folder ``path``."""
+    root = Path(path)
+    if (root / WEIGHTS).is_file():
+        return root
+    if which == "best" and (root / "best" / WEIGHTS).is_file():
+        return root / "best"
+    checkpoints = sorted(file.parent for file in root.glob(f"checkpoints/step-*/{WEIGHTS}"))
+    if checkpoints:
+        return checkpoints[-1]
+    raise PairtileError(f"no model in {root}: expected {WEIGHTS} there, in {root}/best or in {root}/checkpoints/step-*")
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu", which: str = "best") -> Encoder:
+    """A trained model, ready to embed images and texts.
+
+    Args:
+        path: an exported folder, a checkpoint or a run folder.
+        device: where to put it.
+        which: ``best`` or ``last``, for a run folder.
+
+    Raises:
+        PairtileError: the folder holds no model, or one of another format.
+    """
+    folder = find_model(path, which)
+    try:
+        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PairtileError(f"{folder}/config.json is not readable: {error}") from None
+    if document.get("format") != FORMAT:
+        raise PairtileError(f"{folder}/config.json has format {document.get('format')!r}, expected {FORMAT!r}")
+    config: ModelConfig = validate(ModelConfig, document["model"], f"{folder}/config.json")
+    # the weights come from the safetensors file: nothing is fetched, and no tower reads another file
+    config.vision.pretrained = config.text.pretrained = False
+    data = validate(DataConfig, {"root": str(folder), **document["data"]}, f"{folder}/config.json")
+    model = DualEncoder(config, **document["text"])
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS, device="cpu"))
+    except RuntimeError as error:
+        raise PairtileError(f"{folder}/{WEIGHTS} does not fit config.json: {' '.join(str(error).split())[:300]}") from None
+    return Encoder(model.to(device).eval(), load_tokenizer(str(folder)), data)
+
+
+class Encoder:
+    """A trained :class:`DualEncoder` with its tokenizer and image transform."""
+
+    def __init__(self, model: DualEncoder, tokenizer: Tokenizer, data: DataConfig) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.data = data
+        self.transform = build_image_transform(data, model.config.vision.image_size, train=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    @torch.inference_mode()
+    def encode_image(
+        self, images: Image.Image | Sequence[Image.Image] | Tensor, *, normalize: bool = True, batch_size: int = 256
+    ) -> Tensor:
+        """Images -> float32 [n, embed_dim], of unit length unless ``normalize`` is False.
+
+        Args:
+            images: a PIL image, a sequence of them (any size and mode), or an uint8 tensor [n, C, H, W] that has
+                the model's size already.
+        """
+        if isinstance(images, Image.Image):
+            images = [images]
+        if not isinstance(images, Tensor):
+            images = torch.stack([self.transform(image) for image in images]) if len(images) else self._no_images()
+        expected = (self.model.config.vision.channels, *[self.model.config.vision.image_size] * 2)
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"images: got {images.dtype} {list(images.shape)}, expected uint8 [n, {', '.join(map(str, expected))}]; "
+                "PIL images of any size are resized for you"
+            )
+        parts = [self.model.encode_image(part.to(self.device), normalize).float() for part in images.split(batch_size)]
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def encode_text(self, texts: str | Sequence[str], *, normalize: bool = True, batch_size: int = 256) -> Tensor:
+        """Texts -> float32 [n, embed_dim], of unit length unless ``normalize`` is False."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        input_ids, attention_mask = self.tokenizer.encode(texts, self.data.context_length)
+        parts = zip(input_ids.split(batch_size), attention_mask.split(batch_size))
+        return torch.cat(
+            [self.model.encode_text(ids.to(self.device), mask.to(self.device), normalize).float() for ids, mask in parts]
+        )
+
+    def _no_images(self) -> Tensor:
+        vision = self.model.config.vision
+        return torch.empty((0, vision.channels, vision.image_size, vision.image_size), dtype=torch.uint8)
+
+
+__all__: list[Any] = ["Encoder", "build_model", "export", "find_model", "load", "write_model_folder"]

@@ -1,0 +1,98 @@
+"""Objectives: the terms of a recipe's loss, by name.
+
+An objective is called with the model's output and the batch and returns a scalar that follows the convention of
+the losses: the global value on every rank, and a gradient whose mean over ranks is the gradient of that value.
+To add one, write a class (or function) that takes ``args`` and the process group, and register it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..kernels import ClipLoss, SigLipLoss
+from .data import Batch
+from .errors import PairtileError
+from .model import DualOutput
+from .recipe import ObjectiveConfig
+
+
+class Objective(Protocol):
+    def __call__(self, output: DualOutput, batch: Batch) -> Tensor: ...
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {}
+
+
+def register(name: str) -> Callable[[Callable[..., Objective]], Callable[..., Objective]]:
+    """Make an objective known to recipes under ``name``."""
+
+    def keep(factory: Callable[..., Objective]) -> Callable[..., Objective]:
+        OBJECTIVES[name] = factory
+        return factory
+
+    return keep
+
+
+@register("clip")
+class Clip:
+    """Symmetric InfoNCE over the global batch (CLIP, Radford et al. 2021)."""
+
+    def __init__(self, *, group: dist.ProcessGroup | None, strategy: str = "gather") -> None:
+        self.loss = ClipLoss(group=group, strategy=strategy)
+
+    def __call__(self, output: DualOutput, batch: Batch) -> Tensor:
+        return self.loss(output.image_features, output.text_features, output.logit_scale)
+
+
+@register("siglip")
+class SigLip:
+    """Pairwise sigmoid loss over the global batch (SigLIP, Zhai et al. 2023). Wants ``model.init_logit_bias: -10``."""
+
+    def __init__(self, *, group: dist.ProcessGroup | None, strategy: str = "gather") -> None:
+        self.loss = SigLipLoss(group=group, strategy=strategy)
+
+    def __call__(self, output: DualOutput, batch: Batch) -> Tensor:
+        if output.logit_bias is None:
+            raise PairtileError("objective siglip needs a bias: set model.init_logit_bias (the paper starts at -10)")
+        return self.loss(output.image_features, output.text_features, output.logit_scale, output.logit_bias)
+
+
+class WeightedSum:
+    """The recipe's loss: the sum of its terms. :meth:`terms` gives them apart, for logging."""
+
+    def __init__(self, configs: list[ObjectiveConfig], group: dist.ProcessGroup | None) -> None:
+        self._terms = [(config.name, config.weight, _build(config, group)) for config in configs]
+
+    def terms(self, output: DualOutput, batch: Batch) -> dict[str, Tensor]:
+        return {name: weight * objective(output, batch) for name, weight, objective in self._terms}
+
+
+def _build(config: ObjectiveConfig, group: dist.ProcessGroup | None) -> Objective:
+    if config.name not in OBJECTIVES:
+        near = difflib.get_close_matches(config.name, OBJECTIVES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise PairtileError(f"unknown objective {config.name!r}{hint} (known: {', '.join(sorted(OBJECTIVES))})")
+    factory = OBJECTIVES[config.name]
+    known = [name for name in inspect.signature(factory).parameters if name != "group"]
+    for key in config.args:
+        if key not in known:
+            raise PairtileError(f"objective {config.name} has no argument {key!r} (its arguments: {', '.join(known)})")
+    try:
+        return factory(group=group, **config.args)
+    except (TypeError, ValueError) as error:
+        raise PairtileError(f"objective {config.name}: {error}") from None
+
+
+def check_objectives(configs: list[ObjectiveConfig]) -> None:
+    """Build and drop the objectives, so that a wrong name or argument is told before anything is loaded."""
+    for config in configs:
+        _build(config, None)
+
+
+__all__: list[Any] = ["OBJECTIVES", "Objective", "WeightedSum", "check_objectives", "register"]

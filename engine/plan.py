@@ -1,0 +1,106 @@
+"""What can be known before training: does the recipe fit the data, the disk and the ranks, and what will it take."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import torch
+
+from .data import (
+    ShardDataset,
+    Tokenizer,
+    batches_per_epoch,
+    build_image_transform,
+    expand_shards,
+    load_tokenizer,
+)
+from .errors import PairtileError
+from .export import build_model
+from .recipe import Recipe
+from .versions import dump_recipe
+
+
+def check_plan(recipe: Recipe, world_size: int) -> None:
+    """Raise :class:`PairtileError` for what would otherwise fail late, on one rank only, or after hours."""
+    train = recipe.train
+    if train.batch_size % world_size:
+        below = train.batch_size - train.batch_size % world_size
+        nearest = " or ".join(str(size) for size in (below, below + world_size) if size)
+        raise PairtileError(
+            f"train.batch_size {train.batch_size} is not divisible by the {world_size} ranks; take {nearest}, "
+            "or start another number of ranks"
+        )
+    run_dir = recipe.run_dir
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise PairtileError(
+            f"cannot write to the run folder {run_dir}: {error.strerror}; set output=FOLDER to one that you may write to"
+        ) from None
+
+
+def open_training_data(recipe: Recipe) -> tuple[ShardDataset, Tokenizer]:
+    """The training split and the tokenizer. Raises :class:`PairtileError` when either is missing."""
+    expand_shards(recipe.data.train, recipe.data.root)  # missing data is told before a missing tokenizer
+    tokenizer = load_tokenizer(recipe.data.tokenizer or recipe.data.root)
+    dataset = open_split(recipe, recipe.data.train, tokenizer, train=True)
+    batches_per_epoch(dataset, recipe.train.batch_size)
+    return dataset, tokenizer
+
+
+def open_split(recipe: Recipe, shards: str | list[str], tokenizer: Tokenizer, *, train: bool) -> ShardDataset:
+    """A split of the recipe's data, with augmentation if it is trained on."""
+    transform = build_image_transform(recipe.data, recipe.model.vision.image_size, train=train)
+    return ShardDataset(
+        shards, config=recipe.data, tokenizer=tokenizer, transform=transform, seed=recipe.train.seed
+    )
+
+
+def total_steps(recipe: Recipe, samples: int) -> int:
+    """Optimiser steps of the run."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    assert recipe.train.epochs is not None
+    batches = samples // recipe.train.batch_size
+    return max(1, int(recipe.train.epochs * batches / recipe.train.accumulation))
+
+
+def describe_plan(recipe: Recipe, world_size: int) -> str:
+    """The text of ``--dry-run``: the resolved recipe, the parameters and what each rank keeps in memory for them."""
+    if recipe.train.batch_size % world_size:
+        check_plan(recipe, world_size)
+    dataset, tokenizer = open_training_data(recipe)
+    with torch.device("meta"):
+        model = build_model(recipe.model, recipe.data, tokenizer)
+    counts = {
+        "vision tower": _count(model.vision) + _count(model.vision_projection),
+        "text tower": _count(model.text) + _count(model.text_projection),
+    }
+    total, trainable = _count(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    steps = total_steps(recipe, len(dataset))
+    local = recipe.train.batch_size // world_size
+    # float32 throughout: parameters, gradients, and the two moments of AdamW; ZeRO divides them by the ranks in turn
+    stage = recipe.train.zero_stage
+    share = [1 if stage < least else world_size for least in (3, 2, 1)]
+    memory = 4 * (total / share[0] + trainable / share[1] + 2 * trainable / share[2])
+    lines = [
+        dump_recipe(recipe).rstrip(),
+        "---",
+        f"training samples  {len(dataset):,}, {len(dataset) // recipe.train.batch_size:,} batches an epoch",
+        f"steps             {steps:,} of {recipe.train.accumulation} x {recipe.train.batch_size:,} pairs, "
+        f"{local:,} on each of {world_size} ranks",
+        f"vocabulary        {tokenizer.vocab_size:,} tokens, context {recipe.data.context_length}",
+        *(f"{name:<17} {count:,} parameters" for name, count in counts.items()),
+        f"parameters        {total:,}, {trainable:,} of them trained",
+        f"memory per rank   {memory / 2**30:.2f} GiB for parameters, gradients and optimiser (ZeRO {stage}), "
+        "activations not counted",
+        f"threads           {os.cpu_count()} cores on this machine",
+    ]
+    return "\n".join(lines)
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,341 @@
+"""Train a two-tower model from a recipe: ``deepspeed --module pairtile.engine.train RECIPE [key=value ...]``.
+
+The same module runs under ``torchrun -m`` and, as one process, under ``python -m``. It reads from top to bottom in
+the order in which things happen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import (
+    Layout,
+    TrainerState,
+    check_layout,
+    full_state_dict,
+    list_checkpoints,
+    load_checkpoint,
+    read_trainer_state,
+    replace_folder,
+    save_checkpoint,
+)
+from .data import Batch, build_loader
+from .deepspeed_config import deepspeed_config
+from .errors import PairtileError
+from .evaluation import evaluate_model, headline, open_splits
+from .export import build_model, write_model_folder
+from .model import DualEncoder, DualOutput
+from .objectives import WeightedSum, check_objectives
+from .optimizer import build_optimizer, learning_rate
+from .plan import check_plan, describe_plan, open_training_data, total_steps
+from .progress import RunLog
+from .recipe import Recipe, load_recipe
+from .runtime import Runtime, environment_rank, seed_step, start
+from .statistics import in_batch_accuracy
+from .versions import write_config
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished (or interrupted) run leaves."""
+
+    run_dir: Path
+    step: int
+    interrupted: bool
+    metrics: dict[str, float]
+
+
+def train(recipe: Recipe) -> TrainResult:
+    """Run a recipe in this process, as one rank of however many were started.
+
+    Raises:
+        PairtileError: something in the recipe, the data or the file system has to be mended by a person.
+    """
+    _, _, world_size = environment_rank()
+    check_objectives(recipe.objectives)
+    check_plan(recipe, world_size)
+    dataset, tokenizer = open_training_data(recipe)
+    splits = open_splits(recipe, tokenizer)
+    runtime = start(recipe.train.threads)
+
+    # The model. Every rank draws the same weights from the seed; DeepSpeed broadcasts those of rank 0 all the same.
+    torch.manual_seed(recipe.train.seed)
+    model = build_model(recipe.model, recipe.data, tokenizer)
+    if recipe.train.activation_checkpointing:
+        model.enable_activation_checkpointing()
+    objective = WeightedSum(recipe.objectives, runtime.group)
+    steps = total_steps(recipe, len(dataset))
+    engine = initialize(model.to(runtime.device), recipe, runtime)
+
+    # Where to start.
+    run_dir, checkpoints = recipe.run_dir, recipe.run_dir / "checkpoints"
+    layout = Layout(
+        runtime.world_size, recipe.train.zero_stage, recipe.train.batch_size, recipe.train.accumulation,
+        recipe.train.seed, len(dataset),
+    )  # fmt: skip
+    state = resume(recipe, checkpoints, engine, layout, runtime)
+    describe = {"model": model.config, "data": recipe.data, "tokenizer": tokenizer}
+    if runtime.is_main:
+        write_config(recipe, run_dir / "config.yaml", runtime.world_size)
+    log = RunLog(run_dir, total_steps=steps, start_step=state.step, enabled=runtime.is_main)
+    if state.step:
+        log.say(f"resumed at step {state.step} of {steps}")
+    loader = iter(
+        build_loader(
+            dataset, batch_size=recipe.train.batch_size, rank=runtime.rank, world_size=runtime.world_size,
+            start_batch=state.batch_index,
+        )
+    )  # fmt: skip
+
+    def save() -> None:
+        save_checkpoint(checkpoints, engine, state, layout, runtime, describe, recipe.train.keep_last)
+
+    def evaluate() -> dict[str, float]:
+        folder = run_dir / "eval" / f"step-{state.step:08d}"
+        _, metrics = evaluate_model(model, splits, recipe.eval, runtime, folder, precision=recipe.train.precision)
+        log.evaluation(state.step, metrics)
+        log.say(headline(metrics))
+        keep_best(recipe, metrics, state, engine, runtime, describe)
+        return metrics
+
+    # The loop: one turn is one optimiser step.
+    metrics: dict[str, float] = {}
+    bad_in_a_row, interrupted = 0, False
+    with termination_requested() as requested:
+        while state.step < steps and not interrupted:
+            began = time.perf_counter()
+            logged = is_due(state.step + 1, recipe.train.log_every) or state.step + 1 == steps
+            lr = learning_rate(state.step, steps, recipe.train)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = lr
+            engine.train()
+            losses: list[dict[str, Tensor]] = []
+            while len(losses) < recipe.train.accumulation:
+                batch = next(loader)
+                count_skipped(batch, state, run_dir)
+                seed_step(recipe.train.seed, runtime.rank, state.batch_index)
+                output = forward(engine, batch, runtime)
+                terms = objective.terms(output, batch)
+                loss = torch.stack(list(terms.values())).sum()
+                flags = runtime.gather_flags(*non_finite(output, loss), requested())
+                interrupted |= any(flag[2] for flag in flags)  # acted on when this step is complete
+                state.batch_index += 1
+                if any(flag[0] or flag[1] for flag in flags):
+                    bad_in_a_row += 1
+                    report_bad_batch(batch, state, flags, run_dir, runtime)
+                    stop_if_hopeless(bad_in_a_row, recipe, state)
+                    continue
+                bad_in_a_row = 0
+                engine.backward(loss)
+                norm = gradient_norm(engine) if logged else None
+                engine.step()
+                losses.append({name: value.detach() for name, value in terms.items()})
+            state.step += 1
+            state.seconds += time.perf_counter() - began
+            log.advance(state.step, recipe.train.batch_size * recipe.train.accumulation)
+            if logged:
+                log.train(state.step, statistics(losses, output, norm, lr, runtime))
+            last = state.step == steps or interrupted
+            log.pause()
+            # evaluation first: its outcome (the best score so far) belongs into the checkpoint
+            if splits and not interrupted and (last or is_due(state.step, recipe.train.eval_every)):
+                metrics = evaluate()
+            if last or is_due(state.step, recipe.train.save_every):
+                save()
+            log.go_on()
+
+    if interrupted:
+        log.say(f"asked to stop: saved step {state.step} of {steps}; the same command goes on from here")
+    if state.skipped_samples:
+        log.say(f"samples left out, by reason (rank 0; all in {run_dir}/skipped.jsonl): {state.skipped_samples}")
+    log.close()
+    runtime.barrier()
+    return TrainResult(run_dir, state.step, interrupted, metrics)
+
+
+def initialize(model: DualEncoder, recipe: Recipe, runtime: Runtime) -> Any:
+    """The DeepSpeed engine around the model."""
+    import deepspeed
+
+    config = deepspeed_config(recipe, runtime.world_size)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, recipe.train), config=config)
+    return engine
+
+
+def resume(recipe: Recipe, checkpoints: Path, engine: Any, layout: Layout, runtime: Runtime) -> TrainerState:
+    """Load the newest checkpoint, if there is one and the recipe allows it. Rank 0 decides which."""
+    if runtime.is_main:
+        for partial in checkpoints.glob(".partial-*"):
+            shutil.rmtree(partial, ignore_errors=True)
+    runtime.barrier()
+    found = list_checkpoints(checkpoints)
+    if recipe.resume == "never" or not found:
+        return TrainerState()
+    state, saved = read_trainer_state(found[-1])
+    check_layout(found[-1], saved, layout)
+    load_checkpoint(found[-1], engine)
+    return state
+
+
+def forward(engine: Any, batch: Batch, runtime: Runtime) -> DualOutput:
+    """The batch through both towers. A rank whose samples were all bad still takes part, with a blank pair.
+
+    ZeRO-3 gathers parameters inside forward, so a rank that left it out would leave the others waiting.
+    """
+    batch = batch.to(runtime.device)
+    if len(batch.images):
+        return engine(batch.images, batch.input_ids, batch.attention_mask)
+    blank = (batch.images.new_zeros(1, *batch.images.shape[1:]), batch.input_ids.new_zeros(1, batch.input_ids.shape[1]))
+    output = engine(*blank, torch.ones_like(blank[1], dtype=torch.bool))
+    return output._replace(image_features=output.image_features[:0], text_features=output.text_features[:0])
+
+
+def non_finite(output: DualOutput, loss: Tensor) -> tuple[bool, bool]:
+    """(this rank's features are not finite, the loss is not): the first names the culprit among the ranks."""
+    features = output.image_features.detach().sum() + output.text_features.detach().sum()
+    return not bool(torch.isfinite(features)), not bool(torch.isfinite(loss.detach()))
+
+
+def report_bad_batch(batch: Batch, state: TrainerState, flags: list[list[bool]], run_dir: Path, runtime: Runtime) -> None:
+    """Say which ranks, which step and which samples; the batch is left out by the caller."""
+    state.bad_batches += 1
+    culprits = [rank for rank, flag in enumerate(flags) if flag[0]] or list(range(runtime.world_size))
+    if runtime.rank not in culprits:
+        return
+    entry = {"step": state.step + 1, "batch": batch.batch_index, "rank": runtime.rank, "keys": batch.keys}
+    append_line(run_dir / "bad_batches.jsonl", entry)
+    shown = ", ".join(batch.keys[:8]) + (", ..." if len(batch.keys) > 8 else "")
+    print(
+        f"rank {runtime.rank}, step {state.step + 1}: the loss is not finite; batch {batch.batch_index} skipped (keys: {shown})",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+
+
+def stop_if_hopeless(bad_in_a_row: int, recipe: Recipe, state: TrainerState) -> None:
+    if bad_in_a_row >= recipe.train.max_bad_batches:
+        raise PairtileError(
+            f"stopped after step {state.step}: the loss was not finite for {bad_in_a_row} batches in a row "
+            f"(train.max_bad_batches); they are listed in {recipe.run_dir}/bad_batches.jsonl. Lower train.lr or raise "
+            "train.warmup_steps; checkpoints are intact"
+        )
+
+
+def count_skipped(batch: Batch, state: TrainerState, run_dir: Path) -> None:
+    """Keep count of samples that could not be used, and list them in ``skipped.jsonl``."""
+    for key, reason in batch.skipped:
+        state.skipped_samples[reason] = state.skipped_samples.get(reason, 0) + 1
+        append_line(run_dir / "skipped.jsonl", {"batch": batch.batch_index, "key": key, "reason": reason})
+
+
+def append_line(path: Path, entry: dict[str, Any]) -> None:
+    # one write of one line in append mode, so that lines of several ranks do not mix
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def gradient_norm(engine: Any) -> Callable[[], float | None]:
+    """The norm of the averaged gradient before clipping. ZeRO computes it in its step; ZeRO 0 keeps it to itself."""
+    if engine.zero_optimization_stage() > 0:
+        return engine.get_global_grad_norm
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return lambda: float(norm)
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def statistics(
+    losses: list[dict[str, Tensor]], output: DualOutput, norm: Callable[[], float | None] | None, lr: float, runtime: Runtime
+) -> dict[str, float]:
+    """The numbers of one step: the loss and its terms averaged over the accumulated batches."""
+    terms = {name: float(torch.stack([loss[name] for loss in losses]).mean()) for name in losses[0]}
+    image_to_text, text_to_image = in_batch_accuracy(output, runtime)
+    values = {"loss": sum(terms.values()), "accuracy": (image_to_text + text_to_image) / 2}
+    if len(terms) > 1:
+        values |= {f"loss/{name}": value for name, value in terms.items()}
+    values |= {"scale": float(output.logit_scale.detach()), "lr": lr}
+    if norm is not None and (gradient := norm()) is not None:
+        values["grad_norm"] = float(gradient)
+    if output.logit_bias is not None:
+        values["bias"] = float(output.logit_bias.detach())
+    return values
+
+
+def keep_best(
+    recipe: Recipe, metrics: dict[str, float], state: TrainerState, engine: Any, runtime: Runtime, describe: dict[str, Any]
+) -> None:
+    """Keep the weights of the best evaluation so far in ``best/``. Every rank must call it."""
+    name = recipe.eval.best or next((key for key in metrics if key.endswith("/text_to_image/R@1")), None)
+    if name not in metrics:
+        raise PairtileError(f"eval.best is {name!r}, which was not measured (measured: {', '.join(metrics)})")
+    if state.best is not None and metrics[name] <= state.best:
+        return
+    state.best = metrics[name]
+    weights = full_state_dict(engine.module, runtime)
+    if runtime.is_main:
+        replace_folder(recipe.run_dir / "best", lambda folder: write_model_folder(folder, weights=weights, **describe))
+    runtime.barrier()
+
+
+@contextmanager
+def termination_requested() -> Iterator[Callable[[], bool]]:
+    """SIGTERM (schedulers send it before they take a machine away) becomes a flag that the loop asks for."""
+    received = False
+
+    def note(signum: int, frame: Any) -> None:
+        nonlocal received
+        received = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: received
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit code: 0 done or asked to stop, 2 something to mend."""
+    parser = argparse.ArgumentParser(prog="python -m pairtile.engine.train", description=__doc__)
+    parser.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with pairtile")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.lr=0.001")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, parameters and memory; train nothing")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    arguments = parser.parse_args(argv)
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        if arguments.dry_run:
+            print(describe_plan(recipe, environment_rank()[2]))
+            return 0
+        train(recipe)
+    except PairtileError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def exit_process(code: int) -> None:
+    """Leave without interpreter teardown: a gloo thread that outlives the group would abort a finished run."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    exit_process(main())

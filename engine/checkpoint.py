@@ -54,7 +54,13 @@ class Layout:
 
 
 def save_checkpoint(
-    folder: Path, engine: Any, state: TrainerState, layout: Layout, runtime: Runtime, describe: dict[str, Any], keep_last: int
+    folder: Path,
+    engine: Any,
+    state: TrainerState,
+    layout: Layout,
+    runtime: Runtime,
+    describe: dict[str, Any],
+    keep_last: int,
 ) -> Path:
     """Write ``folder/step-N`` atomically and remove all but the newest ``keep_last``. Every rank must call it.
 
@@ -122,7 +128,9 @@ def load_checkpoint(checkpoint: Path, engine: Any) -> None:
     """Load parameters and optimiser state into the DeepSpeed engine. Every rank must call it."""
     loaded, _ = engine.load_checkpoint(str(checkpoint), tag=STATE)
     if loaded is None:
-        raise PairtileError(f"DeepSpeed found nothing to load in {checkpoint}/{STATE}; remove that folder to go on from the one before")
+        raise PairtileError(
+            f"DeepSpeed found nothing to load in {checkpoint}/{STATE}; remove that folder to go on from the one before"
+        )
 
 
 def full_state_dict(module: nn.Module, runtime: Runtime) -> dict[str, Tensor]:

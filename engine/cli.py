@@ -27,7 +27,9 @@ def train(
     recipe: Annotated[str, typer.Argument(help="a YAML file, or the name of a recipe that comes with pairtile")],
     overrides: Overrides = None,
     ranks: Annotated[int, typer.Option(help="processes on this machine, through the deepspeed launcher")] = 1,
-    dry_run: Annotated[bool, typer.Option(help="print the resolved recipe, parameters and memory; train nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="print the resolved recipe, parameters and memory; train nothing")
+    ] = False,
 ) -> None:
     """Train a model. The same as `deepspeed --module pairtile.engine.train RECIPE`."""
     arguments = [recipe, *(overrides or []), *(["--dry-run"] if dry_run else [])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .curve import draw_curve
 from .data import ShardDataset, Tokenizer
 from .errors import PairtileError
 from .evaluate import SplitResult, evaluate_split, print_results, to_markdown, write_json
@@ -27,7 +27,9 @@ def open_splits(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, ShardDataset]
     wanted = list(known) if recipe.eval.splits is None else recipe.eval.splits
     for name in wanted:
         if name not in known:
-            raise PairtileError(f"eval.splits names {name!r}, which is not in data.val (there: {', '.join(known) or 'none'})")
+            raise PairtileError(
+                f"eval.splits names {name!r}, which is not in data.val (there: {', '.join(known) or 'none'})"
+            )
     return {name: open_split(recipe, known[name], tokenizer, train=False) for name in wanted}
 
 
@@ -89,7 +91,9 @@ def evaluate_run(
     encoder = load(source, device="cuda" if torch.cuda.is_available() else "cpu")
     splits = open_splits(recipe, encoder.tokenizer)
     if not splits:
-        raise PairtileError(f"{run}/config.yaml names no evaluation split; add data.val, for example data.val.val='val-*.tar'")
+        raise PairtileError(
+            f"{run}/config.yaml names no evaluation split; add data.val, for example data.val.val='val-*.tar'"
+        )
     folder = out or run / f"eval-{which}"
     runtime = Runtime(0, 0, 1, encoder.device, None)
     about = {"model": str(source), "data": recipe.data.root}
@@ -98,8 +102,7 @@ def evaluate_run(
     )
     print_results(results)
     sheets = ", ".join(str(folder / f"{name}.png") for name in splits) if recipe.eval.contact_sheet else "none"
-    say(f"model: {source}\nresults: {folder / RESULTS}\ncontact sheets: {sheets}")
-    sys.stdout.flush()
+    say(f"model: {source}\nresults: {folder / RESULTS}\ncurve: {draw_curve(run)}\ncontact sheets: {sheets}")
     return results
 
 
@@ -107,4 +110,3 @@ def headline(metrics: dict[str, float]) -> str:
     """One line for the person who watches a run."""
     shown = {key: value for key, value in metrics.items() if key.endswith("R@1") and "without" not in key}
     return "eval  " + "  ".join(f"{key} {value:.1%}" for key, value in shown.items())
-

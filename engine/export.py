@@ -121,7 +121,9 @@ def load(path: str | Path, *, device: str | torch.device = "cpu", which: str = "
     try:
         model.load_state_dict(load_file(folder / WEIGHTS, device="cpu"))
     except RuntimeError as error:
-        raise PairtileError(f"{folder}/{WEIGHTS} does not fit config.json: {' '.join(str(error).split())[:300]}") from None
+        raise PairtileError(
+            f"{folder}/{WEIGHTS} does not fit config.json: {' '.join(str(error).split())[:300]}"
+        ) from None
     return Encoder(model.to(device).eval(), load_tokenizer(str(folder)), data)
 
 
@@ -168,7 +170,10 @@ class Encoder:
         input_ids, attention_mask = self.tokenizer.encode(texts, self.data.context_length)
         parts = zip(input_ids.split(batch_size), attention_mask.split(batch_size))
         return torch.cat(
-            [self.model.encode_text(ids.to(self.device), mask.to(self.device), normalize).float() for ids, mask in parts]
+            [
+                self.model.encode_text(ids.to(self.device), mask.to(self.device), normalize).float()
+                for ids, mask in parts
+            ]
         )
 
     def _no_images(self) -> Tensor:

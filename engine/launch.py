@@ -19,7 +19,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
         # every process would start a thread per core otherwise, before the trainer can say how many it wants
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     command = [
-        *(sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)),
+        *(sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", str(ranks)),
         *("--module", "pairtile.engine.train", *arguments),
     ]
     return subprocess.run(command, env=environment).returncode

@@ -45,16 +45,18 @@ class DualEncoder(nn.Module):
         nn.init.normal_(self.vision_projection.weight, std=vision_dim**-0.5)
         nn.init.normal_(self.text_projection.weight, std=text_dim**-0.5)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.init_logit_scale)]))
-        self.logit_bias = None if config.init_logit_bias is None else nn.Parameter(torch.tensor([config.init_logit_bias]))
+        self.logit_bias = (
+            None if config.init_logit_bias is None else nn.Parameter(torch.tensor([config.init_logit_bias]))
+        )
         shape = (1, config.vision.channels, 1, 1)
-        mean, std = (torch.tensor(values[: config.vision.channels]) for values in (config.vision.mean, config.vision.std))
+        mean, std = (
+            torch.tensor(values[: config.vision.channels]) for values in (config.vision.mean, config.vision.std)
+        )
         # images arrive as bytes; (x / 255 - mean) / std is one multiply and one add
         self.register_buffer("pixel_scale", (1 / (255 * std)).view(shape), persistent=False)
         self.register_buffer("pixel_shift", (-mean / std).view(shape), persistent=False)
         self.vision.requires_grad_(not config.vision.frozen)
         self.text.requires_grad_(not config.text.frozen)
-        if config.vision.channels_last:
-            self.vision.to(memory_format=torch.channels_last)
 
     def train(self, mode: bool = True) -> DualEncoder:
         """As nn.Module.train; a frozen tower stays in evaluation mode (no dropout, no batch statistics)."""
@@ -69,6 +71,7 @@ class DualEncoder(nn.Module):
         """images uint8 [n, C, H, W] -> [n, embed_dim], of unit length in float32 unless ``normalize`` is False."""
         pixels = torch.addcmul(self.get_buffer("pixel_shift"), images.float(), self.get_buffer("pixel_scale"))
         if self.config.vision.channels_last:
+            # the images alone: ZeRO flattens weights and gradients and needs them contiguous
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         return self._project(self.vision(pixels), self.vision_projection, normalize)
 

@@ -54,9 +54,7 @@ def open_training_data(recipe: Recipe) -> tuple[ShardDataset, Tokenizer]:
 def open_split(recipe: Recipe, shards: str | list[str], tokenizer: Tokenizer, *, train: bool) -> ShardDataset:
     """A split of the recipe's data, with augmentation if it is trained on."""
     transform = build_image_transform(recipe.data, recipe.model.vision.image_size, train=train)
-    return ShardDataset(
-        shards, config=recipe.data, tokenizer=tokenizer, transform=transform, seed=recipe.train.seed
-    )
+    return ShardDataset(shards, config=recipe.data, tokenizer=tokenizer, transform=transform, seed=recipe.train.seed)
 
 
 def total_steps(recipe: Recipe, samples: int) -> int:

@@ -38,7 +38,7 @@ class VisionConfig(StrictModel):
     channels: Literal[1, 3] = 3
     mean: list[float] = [0.48145466, 0.4578275, 0.40821073]
     std: list[float] = [0.26862954, 0.26130258, 0.27577711]
-    channels_last: bool = Field(False, description="memory format of images and weights; faster for convolutions")
+    channels_last: bool = Field(False, description="memory format of the images; faster for convolutions")
     pretrained: bool = False
     frozen: bool = False
 
@@ -102,7 +102,9 @@ class ObjectiveConfig(StrictModel):
 class TrainConfig(StrictModel):
     """Optimisation. Batches are counted over all ranks."""
 
-    batch_size: int = Field(gt=0, description="pairs of one contrastive batch over all ranks; its other pairs are the negatives")
+    batch_size: int = Field(
+        gt=0, description="pairs of one contrastive batch over all ranks; its other pairs are the negatives"
+    )
     accumulation: int = Field(1, gt=0, description="batches per optimiser step; adds no negatives")
     steps: int | None = Field(None, gt=0, description="optimiser steps; give this or epochs")
     epochs: float | None = Field(None, gt=0)
@@ -118,7 +120,9 @@ class TrainConfig(StrictModel):
     zero_stage: Literal[0, 1, 2, 3] = 0
     activation_checkpointing: bool = False
     seed: int = 0
-    threads: int | None = Field(None, gt=0, description="CPU threads per rank; none: the cores divided by the local ranks")
+    threads: int | None = Field(
+        None, gt=0, description="CPU threads per rank; none: the cores divided by the local ranks"
+    )
     log_every: int = Field(10, gt=0)
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")
@@ -159,7 +163,9 @@ class Recipe(StrictModel):
     objectives: list[ObjectiveConfig] = [ObjectiveConfig(name="clip")]
     train: TrainConfig
     eval: EvalConfig = EvalConfig()
-    deepspeed: dict[str, Any] = Field({}, description="merged as it is over the DeepSpeed configuration made from train")
+    deepspeed: dict[str, Any] = Field(
+        {}, description="merged as it is over the DeepSpeed configuration made from train"
+    )
 
     @field_validator("objectives")
     @classmethod
@@ -238,9 +244,15 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     node: Any = raw
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):
-        node = node[int(part)] if isinstance(node, list) and part.isdigit() and int(part) < len(node) else _child(node, part)
+        node = (
+            node[int(part)]
+            if isinstance(node, list) and part.isdigit() and int(part) < len(node)
+            else _child(node, part)
+        )
         if not isinstance(node, dict | list):
-            raise PairtileError(f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a group of keys")
+            raise PairtileError(
+                f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a group of keys"
+            )
     if isinstance(node, list):
         if not last.isdigit() or int(last) >= len(node):
             raise PairtileError(f"override {override!r}: {'.'.join(parents)} is a list of {len(node)} entries")

@@ -52,7 +52,9 @@ def environment_rank() -> tuple[int, int, int]:
     for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)):
         text = os.environ.get(name, str(default))
         if not text.isdigit():
-            raise PairtileError(f"environment variable {name} is {text!r}, expected a number; start through a launcher or unset it")
+            raise PairtileError(
+                f"environment variable {name} is {text!r}, expected a number; start through a launcher or unset it"
+            )
         values.append(int(text))
     return values[0], values[1], values[2]
 

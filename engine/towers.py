@@ -132,7 +132,9 @@ def _text_model(config: TextConfig, text_config: Any) -> nn.Module:
     # flash-attn takes 16-bit inputs alone; transformers falls back to sdpa's kernels under float32
     attention = attention_implementation()
     if config.pretrained:
-        return loader.from_pretrained(config.model, config=text_config, attn_implementation=attention, use_safetensors=True)
+        return loader.from_pretrained(
+            config.model, config=text_config, attn_implementation=attention, use_safetensors=True
+        )
     build: Callable[..., nn.Module] = getattr(loader, "_from_config", None) or loader.from_config
     return build(text_config, attn_implementation=attention)
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -210,7 +211,9 @@ def non_finite(output: DualOutput, loss: Tensor) -> tuple[bool, bool]:
     return not bool(torch.isfinite(features)), not bool(torch.isfinite(loss.detach()))
 
 
-def report_bad_batch(batch: Batch, state: TrainerState, flags: list[list[bool]], run_dir: Path, runtime: Runtime) -> None:
+def report_bad_batch(
+    batch: Batch, state: TrainerState, flags: list[list[bool]], run_dir: Path, runtime: Runtime
+) -> None:
     """Say which ranks, which step and which samples; the batch is left out by the caller."""
     state.bad_batches += 1
     culprits = [rank for rank, flag in enumerate(flags) if flag[0]] or list(range(runtime.world_size))
@@ -261,7 +264,11 @@ def is_due(step: int, every: int) -> bool:
 
 
 def statistics(
-    losses: list[dict[str, Tensor]], output: DualOutput, norm: Callable[[], float | None] | None, lr: float, runtime: Runtime
+    losses: list[dict[str, Tensor]],
+    output: DualOutput,
+    norm: Callable[[], float | None] | None,
+    lr: float,
+    runtime: Runtime,
 ) -> dict[str, float]:
     """The numbers of one step: the loss and its terms averaged over the accumulated batches."""
     terms = {name: float(torch.stack([loss[name] for loss in losses]).mean()) for name in losses[0]}
@@ -278,7 +285,12 @@ def statistics(
 
 
 def keep_best(
-    recipe: Recipe, metrics: dict[str, float], state: TrainerState, engine: Any, runtime: Runtime, describe: dict[str, Any]
+    recipe: Recipe,
+    metrics: dict[str, float],
+    state: TrainerState,
+    engine: Any,
+    runtime: Runtime,
+    describe: dict[str, Any],
 ) -> None:
     """Keep the weights of the best evaluation so far in ``best/``. Every rank must call it."""
     name = recipe.eval.best or next((key for key in metrics if key.endswith("/text_to_image/R@1")), None)
@@ -314,9 +326,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pairtile.engine.train", description=__doc__)
     parser.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with pairtile")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.lr=0.001")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe, parameters and memory; train nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe, parameters and memory; train nothing"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     arguments = parser.parse_args(argv)
+    # torch renames collectives under DeepSpeed's and our feet; not the user's to mend
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
         if arguments.dry_run:

@@ -12,7 +12,17 @@ import yaml
 
 from .recipe import Recipe
 
-PACKAGES = ("pairtile", "torch", "torchvision", "triton", "deepspeed", "timm", "transformers", "webdataset", "tokenizers")
+PACKAGES = (
+    "pairtile",
+    "torch",
+    "torchvision",
+    "triton",
+    "deepspeed",
+    "timm",
+    "transformers",
+    "webdataset",
+    "tokenizers",
+)
 
 
 def write_config(recipe: Recipe, path: Path, world_size: int) -> None:

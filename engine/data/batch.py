@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ T = TypeVar("T", "Batch", "EvalBatch")
 
 
 def _move(batch: T, device: torch.device | str) -> T:
-    moved: dict[str, object] = {}
+    moved: dict[str, Any] = {}
     for item in fields(batch):
         value = getattr(batch, item.name)
         if isinstance(value, Tensor):

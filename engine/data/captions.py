@@ -31,9 +31,11 @@ def choose_caption(captions: Sequence[Caption], choice: CaptionChoice, seed: int
         return captions[seed % len(captions)]
     weights = {tag: choice.tags[tag] for tag in dict.fromkeys(caption.tag for caption in captions)}
     point = (seed >> 32) / (1 << 32) * sum(weights.values())
+    drawn = next(iter(weights))
     for tag, weight in weights.items():
+        drawn = tag
         point -= weight
         if point < 0:
             break
-    of_tag = [caption for caption in captions if caption.tag == tag]
+    of_tag = [caption for caption in captions if caption.tag == drawn]
     return of_tag[(seed & 0xFFFFFFFF) % len(of_tag)]

@@ -40,25 +40,27 @@ class DataConfig(StrictModel):
     """Where the samples are and how they become tensors."""
 
     root: str = Field(description="folder of the shards; relative patterns start here")
-    train: str | list[str] = Field("train-*.tar", description="shards: globs and braces, {000000..000003}")
-    val: dict[str, str | list[str]] = Field({"val": "val-*.tar"}, description="evaluation splits by name")
+    train: str | list[str] = Field(default="train-*.tar", description="shards: globs and braces, {000000..000003}")
+    val: dict[str, str | list[str]] = Field(default={"val": "val-*.tar"}, description="evaluation splits by name")
     image_mode: Literal["RGB", "L"] = "RGB"
     resize: Literal["squash", "crop", "pad"] = Field(
-        "squash", description="to a square: ignore the aspect, centre crop, or pad with white"
+        default="squash", description="to a square: ignore the aspect, centre crop, or pad with white"
     )
     augment: list[str | dict[str, dict[str, Any] | None]] = Field(
-        [], description="torchvision.transforms.v2 by name, with arguments; training only"
+        default=[], description="torchvision.transforms.v2 by name, with arguments; training only"
     )
     captions: CaptionChoice = Field(default_factory=CaptionChoice)
-    tokenizer: str | None = Field(None, description="local path or hub id; None: tokenizer.json beside the shards")
-    context_length: int = Field(32, ge=2, description="tokens, begin and end included")
-    pad_to: Literal["context", "longest"] = Field(
-        "context", description="longest: as long as the longest caption of the rank's batch"
+    tokenizer: str | None = Field(
+        default=None, description="local path or hub id; None: tokenizer.json beside the shards"
     )
-    workers: int = Field(0, ge=0, description="loader processes per rank; 0: in the training process")
-    cache_mb: int = Field(0, ge=0, description="decoded images kept per loader process, in MiB")
-    max_pixels: int = Field(MAX_PIXELS, ge=1)
-    max_side: int = Field(MAX_SIDE, ge=1)
+    context_length: int = Field(default=32, ge=2, description="tokens, begin and end included")
+    pad_to: Literal["context", "longest"] = Field(
+        default="context", description="longest: as long as the longest caption of the rank's batch"
+    )
+    workers: int = Field(default=0, ge=0, description="loader processes per rank; 0: in the training process")
+    cache_mb: int = Field(default=0, ge=0, description="decoded images kept per loader process, in MiB")
+    max_pixels: int = Field(default=MAX_PIXELS, ge=1)
+    max_side: int = Field(default=MAX_SIDE, ge=1)
 
     @field_validator("captions", mode="before")
     @classmethod

@@ -209,6 +209,7 @@ class ShardDataset:
 
 def _load_array(data: bytes) -> NDArray[Any]:
     try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
+        array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError, SyntaxError, MemoryError) as error:
         raise BadSample(Reason.BAD_ARRAY, str(error)) from None
+    return array

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -105,7 +105,9 @@ def _transform_class(name: str) -> type[v2.Transform]:
 def _build_augmentation(entry: str | dict[str, Any], image_size: int) -> tuple[v2.Transform, bool]:
     """(transform, whether it sets the size itself) from "Name" or {Name: {argument: value}}."""
     if isinstance(entry, dict) and len(entry) != 1:
-        raise PairtileError(f"data.augment: each item must be one transform, got {entry!r}; start each with its own '-'")
+        raise PairtileError(
+            f"data.augment: each item must be one transform, got {entry!r}; start each with its own '-'"
+        )
     name, given = (entry, None) if isinstance(entry, str) else next(iter(entry.items()))
     arguments = dict(given or {})
     if isinstance(arguments.get("transforms"), list):  # RandomApply, RandomChoice, RandomOrder
@@ -148,9 +150,9 @@ class ImageTransform:
         pixels = to_tensor(image)
         if self._augment is None:
             return pixels
-        pixels = self._augment(pixels)
+        pixels = cast(Tensor, self._augment(pixels))
         if pixels.shape[-2:] != self.shape[1:]:
-            pixels = v2.functional.resize(pixels, [self.size, self.size], antialias=True)
+            pixels = v2.functional.resize_image(pixels, [self.size, self.size], antialias=True)
         return pixels
 
 
@@ -165,8 +167,12 @@ def build_image_transform(config: DataConfig, image_size: int, train: bool) -> C
     augmentations = [_build_augmentation(entry, image_size) for entry in config.augment] if train else []
     transform = ImageTransform(config, image_size, augmentations)
     if augmentations:
-        with torch.random.fork_rng(devices=[]):
-            probe = transform(Image.new(config.image_mode, (image_size + 7, image_size + 3)))
+        image = Image.new(config.image_mode, (image_size + 7, image_size + 3))
+        try:
+            with torch.random.fork_rng(devices=[]):
+                probe = transform(image)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PairtileError(f"data.augment fails on a uint8 image: {str(error).splitlines()[0]}") from None
         if probe.dtype != torch.uint8 or tuple(probe.shape) != transform.shape:
             raise PairtileError(
                 f"data.augment gives {probe.dtype} {list(probe.shape)}, expected torch.uint8 {list(transform.shape)}; "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from ..errors import PairtileError
 from .batch import Batch, EvalBatch
 from .dataset import ShardDataset
 from .order import batch_indices, rank_slice
+
+AnyBatch = TypeVar("AnyBatch", Batch, EvalBatch)
 
 # Below this many samples a pass is over before worker processes have started.
 _MIN_SAMPLES_FOR_EVAL_WORKERS = 20_000
@@ -92,18 +95,18 @@ def _start_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _same(batch: Batch | EvalBatch) -> Batch | EvalBatch:
+def _same(batch: Any) -> Any:
     return batch
 
 
-def _through_workers(batches: Dataset, order: object, workers: int) -> Iterator:
+def _through_workers(batches: Dataset[AnyBatch], order: Iterable[int], workers: int) -> Iterator[AnyBatch]:
     """The batches in the order of ``order``, made by ``workers`` processes in turn."""
     # fork shares the index and starts at once; with a live CUDA context a fresh process is the safe one.
-    fork = sys.platform.startswith("linux") and not torch.cuda.is_initialized()
+    fork = sys.platform.startswith("linux") and not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     loader = DataLoader(
         batches,
         batch_size=None,
-        sampler=order,  # type: ignore[arg-type]
+        sampler=order,
         collate_fn=_same,
         num_workers=workers,
         worker_init_fn=_start_worker,

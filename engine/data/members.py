@@ -9,7 +9,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "
 # Files that some loader would execute or unpickle. Nothing here ever does; they are counted apart, because
 # finding one in a data set is worth knowing.
 UNSAFE_EXTENSIONS = frozenset(
-    "pyd pyc pyo py pickle pkl pt pth ckpt bin joblib dill so dll dylib exe com bat cmd sh ps1 jar class npz".split()
+    {"pyd", "pyc", "pyo", "py", "pickle", "pkl", "joblib", "dill", "pt", "pth", "ckpt", "bin", "npz"}
+    | {"so", "dll", "dylib", "exe", "com", "bat", "cmd", "sh", "ps1", "jar", "class"}
 )
 
 

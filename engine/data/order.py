@@ -26,7 +26,8 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finaliser of splitmix64: every output bit depends on every input bit. Wraps modulo 2**64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed: NDArray[np.uint64] = values ^ (values >> np.uint64(31))
+    return mixed
 
 
 def _key(*parts: int) -> int:
@@ -55,7 +56,8 @@ def permute(positions: NDArray[np.int64], n: int, seed: int, epoch: int = 0) -> 
         left, right = x >> half, x & mask
         for key in keys:
             left, right = right, left ^ (_mix(right * np.uint64(_GOLDEN) + key) & mask)
-        return (left << half) | right
+        joined: NDArray[np.uint64] = (left << half) | right
+        return joined
 
     x = shuffle(positions.astype(np.uint64))
     outside = np.flatnonzero(x >= n)

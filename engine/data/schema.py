@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
+
+_DECIMAL = re.compile(r"-?[0-9]{1,18}")
 
 
 class Reason:
@@ -21,6 +25,7 @@ class Reason:
     BAD_JSON = "bad json"
     BAD_ARRAY = "bad array"
     BAD_TEXT = "text is not utf-8"
+    BAD_ROW = "bad row"
     UNREADABLE = "unreadable file"
     TRUNCATED_TAR = "truncated tar"
     CORRUPT_TAR = "corrupt tar"
@@ -78,28 +83,31 @@ class Sample:
 
 
 def parse_id(value: object) -> int:
-    """An id as a signed 64-bit integer: integers as they are, other strings by a stable hash.
+    """An id as a signed 64-bit integer: integers as they are (up to 18 digits in a string), other
+    strings by a stable hash.
 
     Raises:
         BadSample: neither an integer of 64 bits nor a string.
     """
     if isinstance(value, str):
-        try:
-            value = int(value)
-        except ValueError:
-            digest = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-            return int.from_bytes(digest, "big") >> 1
+        if _DECIMAL.fullmatch(value):
+            return int(value)
+        digest = hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1
     if isinstance(value, bool) or not isinstance(value, int) or not -(1 << 63) <= value < 1 << 63:
         raise BadSample(Reason.BAD_JSON, f"id {value!r} is neither a 64-bit integer nor a string")
     return value
 
 
 def _caption(value: object, tag: str) -> Caption:
-    if isinstance(value, str):
-        return Caption(value, tag)
     if isinstance(value, dict) and isinstance(value.get("text"), str):
-        return Caption(value["text"], str(value.get("tag") or value.get("source") or value.get("lang") or tag))
-    raise BadSample(Reason.BAD_JSON, f"a caption must be a string or {{text, tag}}, not {value!r:.80}")
+        tag = str(value.get("tag") or value.get("source") or value.get("lang") or tag)
+        value = value["text"]
+    if not isinstance(value, str):
+        raise BadSample(Reason.BAD_JSON, f"a caption must be a string or {{text, tag}}, not {value!r:.80}")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise BadSample(Reason.BAD_TEXT, "half of a surrogate pair")  # JSON may spell it; tokenizers refuse it
+    return Caption(value, tag)
 
 
 def parse_captions(value: object) -> list[Caption]:
@@ -111,7 +119,9 @@ def parse_captions(value: object) -> list[Caption]:
         BadSample: any other shape.
     """
     if isinstance(value, dict) and not isinstance(value.get("text"), str):
-        pairs = [(tag, text) for tag, texts in value.items() for text in (texts if isinstance(texts, list) else [texts])]
+        pairs = [
+            (tag, text) for tag, texts in value.items() for text in (texts if isinstance(texts, list) else [texts])
+        ]
     else:
         pairs = [("", text) for text in (value if isinstance(value, list) else [value])]
     captions = [_caption(text, str(tag)) for tag, text in pairs]
@@ -131,9 +141,12 @@ def _json_object(data: bytes | None) -> dict[str, Any]:
 
 
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadSample(Reason.BAD_JSON, f"{value!r:.80} is not a number")
-    return float(value)
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer beyond the largest float
+        pass
+    raise BadSample(Reason.BAD_JSON, f"{str(value)[:80]!r} is not a finite number")
 
 
 def _mapping(record: dict[str, Any], name: str) -> dict[str, Any]:
@@ -153,29 +166,42 @@ def parse_sample(
 ) -> Sample:
     """A `Sample` from its members: the image, the ``.json`` and the ``.txt`` (either may be None).
 
-    Captions come from the JSON's ``captions``, else from the ``.txt``, else from the JSON's ``caption``. Other
-    top-level JSON fields are sorted by type: strings into labels, truths into flags, numbers into scores.
-
     Raises:
-        BadSample: no caption, or JSON that does not follow the schema.
+        BadSample: as `sample_from_record`; JSON or text that cannot be read.
     """
     record = _json_object(record_bytes)
+    text = None
+    if text_bytes is not None and "captions" not in record:
+        try:
+            text = text_bytes.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BadSample(Reason.BAD_TEXT, str(error)) from None
+    sample = sample_from_record(key, index, record, text)
+    sample.image = image
+    sample.arrays = arrays or {}
+    return sample
+
+
+def sample_from_record(key: str, index: int, record: dict[str, Any], text: str | None = None) -> Sample:
+    """A `Sample`, without its image, from the fields of its JSON (which are used up).
+
+    Captions come from ``captions``, else from ``text`` (the ``.txt``), else from ``caption``. Other top-level
+    fields are sorted by type: strings into labels, truths into flags, numbers into scores.
+
+    Raises:
+        BadSample: no caption, or fields that do not follow the schema.
+    """
     single = record.pop("caption", None)
     if "captions" in record:
         captions = parse_captions(record.pop("captions"))
-    elif text_bytes is not None:
-        try:
-            captions = parse_captions(text_bytes.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise BadSample(Reason.BAD_TEXT, str(error)) from None
-    elif single is not None:
-        captions = parse_captions(single)
+    elif text is not None or single is not None:
+        captions = parse_captions(text if text is not None else single)
     else:
-        raise BadSample(Reason.MISSING_MEMBER, "neither .json with captions nor .txt")
+        raise BadSample(Reason.MISSING_MEMBER, "neither captions in the .json nor a .txt")
     if not captions:
         raise BadSample(Reason.EMPTY_CAPTION)
 
-    sample = Sample(key, index, image, captions, parse_id(record.pop("id", index)), arrays=arrays or {})
+    sample = Sample(key, index, b"", captions, parse_id(record.pop("id", index)))
     sample.ids = {name: parse_id(value) for name, value in _mapping(record, "ids").items()}
     sample.scores = {name: _number(value) for name, value in _mapping(record, "scores").items()}
     sample.flags = {name: bool(value) for name, value in _mapping(record, "flags").items()}
@@ -190,5 +216,19 @@ def parse_sample(
         elif isinstance(value, bool):
             sample.flags.setdefault(name, value)
         elif isinstance(value, int | float):
-            sample.scores.setdefault(name, float(value))
+            sample.scores.setdefault(name, _number(value))
     return sample
+
+
+def record_of(sample: Sample) -> dict[str, Any]:
+    """The JSON object from which `sample_from_record` makes the same sample; empty fields are left out."""
+    fields = {
+        "captions": [caption._asdict() if caption.tag else caption.text for caption in sample.captions],
+        "id": sample.id,
+        "ids": sample.ids,
+        "scores": sample.scores,
+        "flags": sample.flags,
+        "labels": sample.labels,
+        "boxes": sample.boxes,
+    }
+    return {name: value for name, value in fields.items() if value or name == "id"}

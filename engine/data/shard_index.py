@@ -145,7 +145,7 @@ def _scan(file: Any, builder: _Builder) -> None:
             return builder.refuse("(end of archive)", Reason.TRUNCATED_TAR)
         if member is None:
             break
-        archive.members.clear()  # tarfile would keep every header of the archive in memory
+        archive.members = []  # type: ignore[attr-defined]  # tarfile would keep every header of the archive in memory
         if member.isdir():
             continue
         if not member.isreg() or member.issparse():
@@ -195,7 +195,8 @@ def _load(place: Path, stamp: list[int]) -> ShardIndex | None:
             raise
         return None
     examples = [(str(name), str(reason)) for name, reason in meta["examples"]]
-    return ShardIndex(*arrays, meta["array_names"], meta["counts"], examples)
+    keys, key_ends, members, extra = arrays
+    return ShardIndex(keys, key_ends, members, extra, meta["array_names"], meta["counts"], examples)
 
 
 def _save(index: ShardIndex, place: Path, stamp: list[int]) -> bool:

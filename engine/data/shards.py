@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 from numpy.typing import NDArray
 
 from ..errors import PairtileError
@@ -38,7 +38,7 @@ def expand_shards(patterns: str | Path | Sequence[str | Path], root: str | Path 
             raise PairtileError(f"shards {pattern!r}: only local files are read; copy the shards to a local folder")
         try:
             names = list(braceexpand(pattern))
-        except UnbalancedBracesError:
+        except ValueError:
             raise PairtileError(f"shards {pattern!r}: the braces don't pair") from None
         for name in names:
             path = Path(name).expanduser()

@@ -81,7 +81,7 @@ def id_ceiling(image_ids: Tensor, drawings: Tensor, text_ids: Tensor) -> IdCeili
 
     Args:
         image_ids, drawings: int64 [N]; drawing -1 means "like no other image".
-        text_ids: int64 [M], the ids asked for; those without an image are left out.
+        text_ids: int64 [M], the ids of the captions; items whose id has no partner ask nothing and are left out.
     """
     if len(image_ids) == 0:
         return IdCeiling(image_to_text=float("nan"), text_to_image=float("nan"))
@@ -92,8 +92,10 @@ def id_ceiling(image_ids: Tensor, drawings: Tensor, text_ids: Tensor) -> IdCeili
     pairs, images = torch.stack([image_ids, group], dim=1).unique(dim=0, return_counts=True)
     pair_id, pair_group = pairs.unbind(1)
 
-    commonest = torch.zeros_like(group_size).scatter_reduce_(0, pair_group, images, "amax")
-    image_to_text = float(commonest.sum() / len(image_ids))
+    # Images whose id has no caption ask nothing.
+    asking = images * torch.isin(pair_id, text_ids)
+    commonest = torch.zeros_like(group_size).scatter_reduce_(0, pair_group, asking, "amax")
+    image_to_text = float(commonest.sum() / asking.sum())
 
     # An id's chance is that of its best group; a group of its own gives 1.
     ids, id_number = pair_id.unique(return_inverse=True)

@@ -128,17 +128,21 @@ def evaluate_split(
 
     result = None
     if rank == 0:
-        result = score_split(
-            embeddings, split=split, match_ids=match_ids, without_flags=without_flags, device=device, chunk=chunk
-        )
-        if classifier is not None and classification is not None:
-            names, weights = classifier
-            features, labels = embeddings.image_features.to(device), embeddings.labels[classification.label]
-            result.classification = classify(
-                features, labels, names, weights.to(device), label=classification.label, chunk=chunk
+        # A surrounding autocast must not round the scores.
+        with torch.autocast(torch.device(device).type, enabled=False):
+            result = score_split(
+                embeddings, split=split, match_ids=match_ids, without_flags=without_flags, device=device, chunk=chunk
             )
-        if contact_sheet is not None:
-            draw_retrieval_sheet(contact_sheet, dataset, embeddings, split=split, match_ids=match_ids, result=result)
+            if classifier is not None and classification is not None:
+                names, weights = classifier
+                features, labels = embeddings.image_features.to(device), embeddings.labels[classification.label]
+                result.classification = classify(
+                    features, labels, names, weights.to(device), label=classification.label, chunk=chunk
+                )
+            if contact_sheet is not None:
+                draw_retrieval_sheet(
+                    contact_sheet, dataset, embeddings, split=split, match_ids=match_ids, result=result
+                )
     # The first rank's figures count everywhere: a decision taken on them must not differ between ranks.
     shared = encoder.ranks.from_first(None if result is None else result.model_dump_json())
     return SplitResult.model_validate_json(shared)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -29,7 +31,7 @@ RETRIEVAL_HEAD = (
     "median\nrank",
     "queries",
     "candi-\ndates",
-    "id-only R@1\n(ceiling)",
+    "id-only R@1\n/ ceiling",
 )
 CLASSIFICATION_HEAD = (
     "split",
@@ -61,8 +63,8 @@ def retrieval_rows(results: Sequence[SplitResult]) -> list[tuple[str, ...]]:
                 id_only = ""
                 if subset.id_only is not None and subset.id_ceiling is not None:
                     strict: RetrievalMetrics = getattr(subset.id_only, direction)
-                    id_only = f"{strict.recall_at_1:.1%} ({getattr(subset.id_ceiling, direction):.1%})"
-                rows.append((name, direction.replace("_to_", " → "), *_recalls(getattr(subset, direction)), id_only))
+                    id_only = f"{strict.recall_at_1:.1%}/{getattr(subset.id_ceiling, direction):.1%}"
+                rows.append((name, direction.replace("_to_", "→"), *_recalls(getattr(subset, direction)), id_only))
     return rows
 
 
@@ -100,12 +102,22 @@ def notes(results: Sequence[SplitResult]) -> list[str]:
 
 def print_results(results: Sequence[SplitResult], console: Console | None = None) -> None:
     """Prints the tables and the notes with rich."""
-    console = console or Console()
+    # Away from a terminal rich assumes 80 columns; a log has room for whole names.
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
     for grid in _grids(results):
-        table = Table(title=grid.title, title_justify="left", header_style="bold")
-        for column, heading in enumerate(grid.head):
-            # On a narrow terminal only the split's name is broken; a broken figure cannot be read.
-            table.add_column(heading, justify="left" if column < 2 else "right", overflow="fold", no_wrap=column > 0)
+        table = Table(
+            title=grid.title,
+            title_justify="left",
+            header_style="bold",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+            padding=(0, 1) if console.width >= 100 else (0, 0),
+        )
+        # On a narrow terminal only the split's name is broken: a broken figure cannot be read.
+        table.add_column(grid.head[0], overflow="fold", min_width=12)
+        for column, heading in enumerate(grid.head[1:]):
+            table.add_column(heading, justify="left" if column == 0 else "right", no_wrap=True)
         for row in grid.rows:
             # Text and not str: a split's name may hold square brackets, which rich reads as markup.
             table.add_row(*(Text(cell) for cell in row))
@@ -167,10 +179,10 @@ def read_json(path: Path) -> dict[str, SplitResult]:
 
 
 def _grids(results: Sequence[SplitResult]) -> list[_Grid]:
-    rows, head = retrieval_rows(results), RETRIEVAL_HEAD
-    if not any(row[-1] for row in rows):
-        rows, head = [row[:-1] for row in rows], head[:-1]
-    grids = [_Grid("Zero-shot retrieval", head, rows)]
+    retrieval = _Grid("Zero-shot retrieval", RETRIEVAL_HEAD, retrieval_rows(results))
+    if not any(row[-1] for row in retrieval.rows):
+        retrieval = _Grid(retrieval.title, RETRIEVAL_HEAD[:-1], [row[:-1] for row in retrieval.rows])
+    grids = [retrieval]
     if classified := classification_rows(results):
         grids.append(_Grid("Zero-shot classification", CLASSIFICATION_HEAD, classified))
     return grids

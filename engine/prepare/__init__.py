@@ -1,6 +1,18 @@
 """From fonts, folders, tables and foreign shards to shards in pairtile's sample schema."""
 
+from .folder import prepare_folder
 from .glyphs import prepare_glyphs
+from .options import WriteOptions
 from .report import PrepareReport
+from .table import prepare_csv, prepare_jsonl
+from .webdataset import prepare_webdataset
 
-__all__ = ["PrepareReport", "prepare_glyphs"]
+__all__ = [
+    "PrepareReport",
+    "WriteOptions",
+    "prepare_csv",
+    "prepare_folder",
+    "prepare_glyphs",
+    "prepare_jsonl",
+    "prepare_webdataset",
+]

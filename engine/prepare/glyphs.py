@@ -211,7 +211,9 @@ def prepare_glyphs(
     chosen = [name for name in FONTS if name in fonts] if fonts is not None else list(FONTS)
     font_folder = _font_folder(chosen if fonts is None else list(fonts))
     if size < 8 or samples_per_shard < 1:
-        raise PairtileError(f"size must be at least 8 and samples_per_shard at least 1, got {size} and {samples_per_shard}")
+        raise PairtileError(
+            f"size must be at least 8 and samples_per_shard at least 1, got {size} and {samples_per_shard}"
+        )
     settings = {
         "name": "glyphs", "seed": seed, "size": size, "samples_per_shard": samples_per_shard,
         "vocab_size": vocab_size, "fonts": chosen, "limit": limit,

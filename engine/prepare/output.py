@@ -58,6 +58,12 @@ def reuse(out: Path, settings: dict[str, Any]) -> PrepareReport | None:
     return PrepareReport(out, sum(splits.values()), splits, description["dropped"], dropped_file, reused=True)
 
 
+def require_free(out: Path) -> None:
+    """Raises PairtileError unless ``out`` is missing or an empty folder: nothing is ever overwritten."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PairtileError(f"{out} exists and is not empty; delete it or choose another folder")
+
+
 def _remove_orphans(out: Path) -> None:
     """Delete what runs on this host that were killed have left beside ``out``."""
     prefix = f".{out.name}.partial-{socket.gethostname()}-"
@@ -81,10 +87,10 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
+        if out.is_dir() and any(out.iterdir()):
+            raise PairtileError(f"{out} was filled by another run meanwhile; run again to use it")
         os.replace(partial, out)
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise PairtileError(f"{out} was filled by another run meanwhile; run again to use it") from None
         raise explain(error, out) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -121,7 +127,7 @@ class ShardWriter:
         member = tarfile.TarInfo(name)
         member.size = len(data)
         self._tar.addfile(member, io.BytesIO(data))
-        self._tar.members.clear()
+        self._tar.members = []  # type: ignore[attr-defined]  # or every header stays in memory
 
     def close(self) -> None:
         self._tar.close()

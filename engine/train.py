@@ -39,6 +39,7 @@ from .deepspeed_config import deepspeed_config
 from .errors import PairtileError
 from .evaluation import evaluate_model, headline, open_splits
 from .export import build_model, write_model_folder
+from .guard import GradientGuard
 from .model import DualEncoder, DualOutput
 from .objectives import WeightedSum, check_objectives
 from .optimizer import build_optimizer, learning_rate
@@ -80,6 +81,7 @@ def train(recipe: Recipe) -> TrainResult:
         model.enable_activation_checkpointing()
     objective = WeightedSum(recipe.objectives, runtime.group)
     steps = total_steps(recipe, len(dataset))
+    guard = GradientGuard(model)
     engine = initialize(model.to(runtime.device), recipe, runtime)
 
     # Where to start.
@@ -137,11 +139,17 @@ def train(recipe: Recipe) -> TrainResult:
                 state.batch_index += 1
                 if any(flag[0] or flag[1] for flag in flags):
                     bad_in_a_row += 1
-                    report_bad_batch(batch, state, flags, run_dir, runtime)
+                    report_bad_batch("the loss is not finite; batch skipped", batch, state, flags, run_dir, runtime)
                     stop_if_hopeless(bad_in_a_row, recipe, state)
                     continue
-                bad_in_a_row = 0
                 engine.backward(loss)
+                flags = runtime.gather_flags(guard.take())
+                if any(flag[0] for flag in flags):
+                    bad_in_a_row += 1
+                    report_bad_batch("gradients are not finite; replaced by 0", batch, state, flags, run_dir, runtime)
+                    stop_if_hopeless(bad_in_a_row, recipe, state)
+                else:
+                    bad_in_a_row = 0
                 norm = gradient_norm(engine) if logged else None
                 engine.step()
                 losses.append({name: value.detach() for name, value in terms.items()})
@@ -212,26 +220,24 @@ def non_finite(output: DualOutput, loss: Tensor) -> tuple[bool, bool]:
 
 
 def report_bad_batch(
-    batch: Batch, state: TrainerState, flags: list[list[bool]], run_dir: Path, runtime: Runtime
+    what: str, batch: Batch, state: TrainerState, flags: list[list[bool]], run_dir: Path, runtime: Runtime
 ) -> None:
-    """Say which ranks, which step and which samples; the batch is left out by the caller."""
+    """Say which ranks, which step and which samples. The first flag of a rank says that it is the culprit."""
     state.bad_batches += 1
     culprits = [rank for rank, flag in enumerate(flags) if flag[0]] or list(range(runtime.world_size))
     if runtime.rank not in culprits:
         return
-    entry = {"step": state.step + 1, "batch": batch.batch_index, "rank": runtime.rank, "keys": batch.keys}
-    append_line(run_dir / "bad_batches.jsonl", entry)
+    where = {"step": state.step + 1, "batch": batch.batch_index, "rank": runtime.rank}
+    append_line(run_dir / "bad_batches.jsonl", {**where, "what": what, "keys": batch.keys})
     shown = ", ".join(batch.keys[:8]) + (", ..." if len(batch.keys) > 8 else "")
-    print(
-        f"rank {runtime.rank}, step {state.step + 1}: the loss is not finite; batch {batch.batch_index} skipped (keys: {shown})",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+    place = f"rank {runtime.rank}, step {state.step + 1}, batch {batch.batch_index}"
+    print(f"{place}: {what} (keys: {shown})", file=sys.stderr, flush=True)
 
 
 def stop_if_hopeless(bad_in_a_row: int, recipe: Recipe, state: TrainerState) -> None:
     if bad_in_a_row >= recipe.train.max_bad_batches:
         raise PairtileError(
-            f"stopped after step {state.step}: the loss was not finite for {bad_in_a_row} batches in a row "
+            f"stopped after step {state.step}: loss or gradients were not finite for {bad_in_a_row} batches in a row "
             f"(train.max_bad_batches); they are listed in {recipe.run_dir}/bad_batches.jsonl. Lower train.lr or raise "
             "train.warmup_steps; checkpoints are intact"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -36,9 +36,9 @@ class Batch:
         input_ids: int64 [n, L]. attention_mask: bool [n, L], False where padded.
         ids: int64 [n], equal where samples match each other. index: int64 [n], sample index in the split.
         keys, captions: the key and the chosen caption of each row.
-        arrays: teacher embeddings by name, [n, ...] each; those that every row has, in one shape.
         batch_index: counted over the whole training. epoch: of the batch, from 0.
         skipped: (key, reason) of the samples of this rank's part that could not be used.
+        arrays: teacher embeddings by name, [n, ...] each; those that every row has, in one shape.
     """
 
     images: Tensor
@@ -48,10 +48,10 @@ class Batch:
     index: Tensor
     keys: list[str]
     captions: list[str]
-    arrays: dict[str, Tensor]
     batch_index: int
     epoch: int
     skipped: list[tuple[str, str]]
+    arrays: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)

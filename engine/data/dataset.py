@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from .arrays import parse_array
 from .batch import Batch, EvalBatch, names_of, stack_arrays
 from .captions import choose_caption, filter_captions
 from .config import DataConfig
@@ -101,7 +101,7 @@ class ShardDataset:
         image = member(IMAGE)
         if image is None:
             raise BadSample(Reason.MISSING_MEMBER, "no image")
-        tensors = {name: _load_array(read(offset, size)) for name, offset, size in arrays}
+        tensors = {name: parse_array(read(offset, size)) for name, offset, size in arrays}
         return parse_sample(self.key(index), index, image, member(RECORD), member(TEXT), tensors)
 
     def _load(self, index: int) -> tuple[Sample, Image.Image | Tensor]:
@@ -128,6 +128,12 @@ class ShardDataset:
                 self._cache[index] = sample, picture
         return sample, picture
 
+    def _augment(self, image: Image.Image) -> Tensor:
+        try:
+            return self.transform(image)
+        except (ValueError, RuntimeError, TypeError) as error:  # for example a crop larger than the image
+            raise BadSample(Reason.AUGMENTATION_FAILED, str(error)) from None
+
     def _gather(
         self, indices: NDArray[np.int64], image_seeds: list[int] | None
     ) -> tuple[list[Sample], Tensor, list[int], list[tuple[str, str]]]:
@@ -139,13 +145,13 @@ class ShardDataset:
         for position, index in enumerate(indices.tolist()):
             try:
                 sample, picture = self._load(index)
+                if not isinstance(picture, Tensor):
+                    if image_seeds is not None:
+                        torch.default_generator.manual_seed(image_seeds[position])
+                    picture = self._augment(picture)
             except BadSample as bad:
                 skipped.append((self.key(index), bad.reason))
                 continue
-            if not isinstance(picture, Tensor):
-                if image_seeds is not None:
-                    torch.default_generator.manual_seed(image_seeds[position])
-                picture = self.transform(picture)
             samples.append(sample)
             images.append(picture)
             good.append(position)
@@ -205,11 +211,3 @@ class ShardDataset:
             captions=[sample.captions for sample in samples],
             skipped=skipped,
         )
-
-
-def _load_array(data: bytes) -> NDArray[Any]:
-    try:
-        array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError, MemoryError) as error:
-        raise BadSample(Reason.BAD_ARRAY, str(error)) from None
-    return array

@@ -59,9 +59,20 @@ def _deep_to_grey(image: Image.Image) -> Image.Image:
 
 
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
-    """An image in mode "RGB" or "L": turned upright by its EXIF, transparency on white, 16 bit scaled down."""
+    """An image in mode "RGB" or "L": turned upright by its EXIF, transparency on white, 16 bit scaled down.
+
+    Raises:
+        BadSample: metadata or a colour mode that cannot be read ("undecodable image").
+    """
     if image.mode == mode and not image.info:
         return image
+    try:
+        return _convert(image, mode)
+    except Exception as error:  # like decoders, parsers of hostile metadata raise almost anything
+        raise BadSample(Reason.UNDECODABLE_IMAGE, f"{type(error).__name__}: {error}") from None
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
     if "exif" in image.info:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":

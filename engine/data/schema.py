@@ -19,6 +19,7 @@ class Reason:
 
     UNDECODABLE_IMAGE = "undecodable image"
     IMAGE_TOO_LARGE = "image too large"
+    AUGMENTATION_FAILED = "augmentation failed"
     EMPTY_CAPTION = "empty caption"
     NO_WANTED_CAPTION = "no caption with a wanted tag"
     MISSING_MEMBER = "missing member"

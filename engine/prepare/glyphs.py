@@ -62,7 +62,7 @@ def _draw_all(
     task = bar.add_task("drawing fonts", total=len(fonts))
     paths = [folder / f"{name}.ttf" for name in fonts]
     for _, glyphs in ordered_map(partial(draw_font, size=size, limit=limit), paths, workers=workers):
-        bar.advance(task)
+        bar.update(task, advance=1, refresh=True)
         yield glyphs
 
 
@@ -183,7 +183,7 @@ def prepare_glyphs(
     limit: int | None = None,
     progress: bool = True,
 ) -> PrepareReport:
-    """Draw the glyphs data set: some 53,000 images of 5,900 characters, about 15 seconds on two cores.
+    """Draw the glyphs data set: some 50,000 images of 5,900 characters, about 15 seconds on two cores.
 
     Images are "L" PNGs of ``size`` x ``size``, black on white, all on one scale and one baseline (a glyph that
     does not fit is moved, then shrunk). Characters are those of Unicode's basic plane that a font maps and
@@ -233,7 +233,7 @@ def prepare_glyphs(
         jobs = _shard_jobs(folder, splits, samples_per_shard)
         task = bar.add_task("writing shards", total=len(jobs))
         for _ in ordered_map(_write_shard, jobs, workers=workers):
-            bar.advance(task)
+            bar.update(task, advance=1, refresh=True)
         train_tokenizer((unicodedata.name(chr(g.code)) for g in splits["train"]), vocab_size, folder)
         counts = {
             name: {"samples": len(part), "characters": len({g.code for g in part}), "shards": f"{name}-*.tar"}

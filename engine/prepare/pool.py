@@ -27,9 +27,13 @@ def default_workers() -> int:
 
 
 def progress_bar(visible: bool) -> Progress:
-    """A bar on stderr, so that stdout stays free for results."""
+    """A bar on stderr, so that stdout stays free for results.
+
+    It has no thread of its own (call ``update`` with ``refresh=True``): a fork beside one that holds a lock of
+    stderr could hang a child that warns.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not visible)
+    return Progress(*columns, console=Console(stderr=True), disable=not visible, auto_refresh=False)
 
 
 def ordered_map(

@@ -12,9 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from PIL import Image
 
+from ..data.arrays import parse_array
 from ..data.images import convert_image, decode_image
 from ..data.schema import BadSample, Reason, record_of, sample_from_record
 from ..data.shard_index import RECORD, load_index
@@ -68,10 +68,7 @@ def _ready(item: Item, options: WriteOptions) -> _Ready:
     members = [(extension, image)]
     for name, extent in item.arrays.items():
         data = read_extent(extent)
-        try:
-            np.load(io.BytesIO(data), allow_pickle=False)
-        except (ValueError, EOFError, OSError, SyntaxError, MemoryError) as error:
-            raise BadSample(Reason.BAD_ARRAY, f"{name}: {error}") from None
+        parse_array(data)
         members.append((f"{name}.npy", data))
     return _Ready(members)
 
@@ -176,7 +173,7 @@ def write_dataset(
                     split = splits["val" if _in_val(item.sample.id, options) else "train"]
                     split.add(f"{number:09d}", [*result.members, ("json", record)])
                     number += 1
-            bar.advance(task, len(chunk))
+            bar.update(task, advance=len(chunk), refresh=True)
         dropped.close()
         for split in splits.values():
             split.close()

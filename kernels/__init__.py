@@ -1,0 +1,34 @@
+"""Losses and operators over similarity matrices that are never stored.
+
+Start with `ClipLoss` or `SigLipLoss` to replace the loss of an existing code base, and with
+`similarity_reduce` to write a new one; README.md beside this file says which entry point is for what.
+"""
+
+# With the root of the repository on the path this folder also answers to `import kernels`, the name of a
+# package on PyPI that transformers looks for. Under that name it stays empty: no work, no operators
+# registered twice, and no `__version__`, by which it could be taken for the other package.
+if "." in __name__:
+    import warnings
+
+    from .backends import use_backend
+    from .build import build
+    from .contrastive import Diagonal, LogSumExp, PairScore, SoftplusSum, similarity_reduce
+    from .info import info
+    from .losses import ClipLoss, SigLipLoss
+
+    __all__ = [
+        "ClipLoss",
+        "Diagonal",
+        "LogSumExp",
+        "PairScore",
+        "SigLipLoss",
+        "SoftplusSum",
+        "build",
+        "info",
+        "similarity_reduce",
+        "use_backend",
+    ]
+
+    # `python -m pairtile.kernels.info` runs a module that this package has imported already. runpy warns of
+    # two copies; that module keeps no state, so two copies do no harm.
+    warnings.filterwarnings("ignore", message=".*pairtile.kernels.info.*", category=RuntimeWarning, module="runpy")

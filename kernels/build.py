@@ -1,0 +1,234 @@
+"""Compile `csrc/` for this machine, once, and keep the result.
+
+A build lives in a directory of its own, named by everything that it depends on: torch's version, the sources,
+the flags, the compiler and the processor (home directories are shared between unlike machines).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+_LIBRARY = "pairtile_cpu"
+_GUARD = ".exclusive_build"
+# at::native::cpublas::brgemm(float): internal to ATen, so it is looked up before anything is compiled against it.
+_BRGEMM_SYMBOL = b"_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb"
+
+_log = logging.getLogger(__name__)
+
+
+def cache_directory() -> Path:
+    """Where builds are kept: PAIRTILE_CACHE, else TORCH_EXTENSIONS_DIR/pairtile, else the user's cache."""
+    if own := os.environ.get("PAIRTILE_CACHE"):
+        return Path(own)
+    if extensions := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(extensions) / "pairtile"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pairtile"
+
+
+@contextmanager
+def exclusive_build(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """Let one process at a time build extensions under `directory`, and clear what a killed one left behind.
+
+    torch before 2.14 guards a build with a file named `lock` that simply exists; a process killed while
+    building leaves it, and every later start waits for ever. The lock taken here is the kernel's (flock): it
+    ends with its process. While it is held, any `lock` file below `directory` that no living process holds, and
+    that lies in no directory of another exclusive build, is stale, and is removed. Not reentrant.
+
+    Args:
+        directory: a build directory, or a tree of them (TORCH_EXTENSIONS_DIR, for example); made if missing.
+
+    Yields:
+        The directory.
+    """
+    root = Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / _GUARD, "a") as handle:
+        if not _try_lock(handle.fileno()):
+            _log.info("waiting for another process that builds in %s", root)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        for lock in root.rglob("lock"):
+            inner = [parent for parent in lock.parents if root in parent.parents]
+            if all(_is_free(parent / _GUARD) for parent in inner) and _is_free(lock):
+                _log.info("removing the build lock %s, which no living process holds", lock)
+                lock.unlink(missing_ok=True)
+        yield root
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_free(lock: Path) -> bool:
+    # torch from 2.14 on locks its file, of the same name, with flock: held means alive.
+    try:
+        with open(lock) as handle:
+            return _try_lock(handle.fileno())
+    except FileNotFoundError:
+        return True
+
+
+def sources() -> list[Path]:
+    """The C++ sources of the CPU build: `csrc` lies beside this package, in the tree and in a wheel."""
+    return sorted((Path(__file__).resolve().parent.parent / "csrc" / "cpu").glob("*.cpp"))
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler that a build would use (CXX, else c++), None if there is none."""
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
+def missing_tool() -> str | None:
+    """What a build lacks on this machine, in words; None if it has everything."""
+    if compiler() is None:
+        return f"no C++ compiler: {os.environ.get('CXX', 'c++')} is not on the PATH (install one, or set CXX)"
+    if shutil.which("ninja", path=_search_path()) is None:
+        return "no ninja: install it (pip install ninja)"
+    if not sources():
+        return "no sources: this installation lacks pairtile.csrc"
+    return None
+
+
+def _search_path() -> str:
+    # A pip-installed ninja lies beside the interpreter, which is often not on the PATH.
+    return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+
+
+@functools.cache
+def _flags(compiler_path: str) -> tuple[str, ...]:
+    """Compiler flags: the host's instruction set where the compiler knows it, and what torch offers."""
+    flags = ["-O3"]
+    for native in ("-march=native", "-mcpu=native"):
+        trial = [compiler_path, native, "-E", "-x", "c++", os.devnull]
+        if subprocess.run(trial, capture_output=True, check=False).returncode == 0:
+            flags.append(native)
+            break
+    if _torch_exports(_BRGEMM_SYMBOL):
+        flags.append("-DPAIRTILE_BRGEMM")
+    return tuple(flags)
+
+
+def _torch_exports(symbol: bytes) -> bool:
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if not library.exists():
+        return False
+    return hasattr(ctypes.CDLL(str(library)), symbol.decode())
+
+
+def build_directory() -> Path:
+    """The directory of the build that belongs to this torch, these sources, flags, compiler and processor."""
+    compiler_path = compiler() or ""
+    key = hashlib.sha256()
+    for part in (torch.__version__, compiler_path, *(_flags(compiler_path) if compiler_path else ()), _processor()):
+        key.update(part.encode() + b"\0")
+    for source in sources():
+        key.update(source.read_bytes())
+    return cache_directory() / f"{_LIBRARY}-torch{torch.__version__.split('+')[0]}-{key.hexdigest()[:16]}"
+
+
+def _processor() -> str:
+    """Architecture and instruction sets: a -march=native build must not be loaded by a lesser processor."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = platform.processor()
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return platform.machine() + (flags.group(1) if flags else text)
+
+
+def built_library() -> Path | None:
+    """The finished shared library of this machine's build, if there is one. Compiles nothing."""
+    library = build_directory() / f"{_LIBRARY}.so"
+    return library if library.exists() else None
+
+
+def load_library(library: Path) -> None:
+    """Register the operators of a finished build as `torch.ops.pairtile`; again is harmless."""
+    torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+
+
+def build(*, verbose: bool = False) -> Path | None:
+    """Compile the C++ operators for this machine, unless that is done, and load them.
+
+    Takes about half a minute the first time and milliseconds afterwards. Safe to call from several processes
+    at once, and after one of them was killed in the middle.
+
+    Args:
+        verbose: show the compiler's commands and output.
+
+    Returns:
+        The shared library; None, after one warning, if this machine cannot build it. The `torch` backend needs
+        no build.
+    """
+    library = built_library()
+    if library is None:
+        lacking = missing_tool()
+        if lacking is not None:
+            _warn_once(f"pairtile's C++ operators are not built: {lacking}. The torch backend serves meanwhile.")
+            return None
+        try:
+            library = _compile(verbose)
+        except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+            # The compiler's last words are the ones that matter; its whole log can be thousands of lines.
+            last_words = str(error)[-2000:]
+            _warn_once(f"pairtile's C++ operators failed to build; the torch backend serves meanwhile. {last_words}")
+            return None
+    load_library(library)
+    return library
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _compile(verbose: bool) -> Path:
+    # Imported here: it needs setuptools, which a machine without compilers may not have either.
+    from torch.utils import cpp_extension
+
+    compiler_path = compiler() or ""
+    with exclusive_build(build_directory()) as directory:
+        library = directory / f"{_LIBRARY}.so"
+        if library.exists():  # another process built it while this one waited
+            return library
+        # Built beside and moved, so that a library that exists is a library that is whole.
+        workspace = directory / "work"
+        workspace.mkdir(exist_ok=True)
+        path = os.environ.get("PATH")
+        os.environ["PATH"] = _search_path()
+        try:
+            cpp_extension.load(
+                name=_LIBRARY,
+                sources=[str(source) for source in sources()],
+                extra_cflags=list(_flags(compiler_path)),
+                build_directory=str(workspace),
+                is_python_module=False,
+                verbose=verbose,
+            )
+        finally:
+            if path is None:
+                del os.environ["PATH"]
+            else:
+                os.environ["PATH"] = path
+        os.replace(workspace / f"{_LIBRARY}.so", library)
+        shutil.rmtree(workspace, ignore_errors=True)
+        return library

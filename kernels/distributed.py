@@ -1,0 +1,210 @@
+"""Exact gradients across ranks: an all-gather of unequal shards and the global mean of a loss.
+
+The convention, which every loss keeps (L is the loss of the whole batch, W the number of ranks): rank r returns
+the value L with the gradient of its share L_r = W / N_global * (sum of its own terms), so that L is the mean of
+the L_r also on unequal shards. Gradients of gathered rows are summed over ranks. The mean over ranks that DDP
+and DeepSpeed take is then the gradient that one process would compute on the whole batch.
+
+All functions here are collectives: every rank of the group calls them, in the same order, also with an empty
+shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .contrastive.operator import FEATURE_DTYPES
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How a batch lies over the ranks of a group.
+
+    Attributes:
+        sizes: rows of each rank, in rank order.
+        rank: this process' rank in the group.
+        group: the process group; None when the whole batch is here.
+        differentiable: for each tensor, whether any rank wants its gradient.
+    """
+
+    sizes: tuple[int, ...]
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+    differentiable: tuple[bool, ...] = ()
+
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def start(self) -> int:
+        """Position of this rank's first row in the whole batch."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def world_size(self) -> int:
+        return len(self.sizes)
+
+
+def find_group(group: dist.ProcessGroup | None, world_size: int, rank: int) -> dist.ProcessGroup | None:
+    """The group a loss runs over: the given one, the default one if `world_size` > 1, or None for one process.
+
+    Raises:
+        RuntimeError: world_size > 1 and torch.distributed is not initialised.
+        ValueError: world_size or rank contradict the group.
+    """
+    if group is None and world_size == 1:
+        return None
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            f"the loss was made for world_size={world_size}, but torch.distributed is not initialised: call "
+            "torch.distributed.init_process_group first"
+        )
+    found = group if group is not None else dist.group.WORLD
+    actual = (dist.get_world_size(found), dist.get_rank(found))
+    if actual[1] < 0:
+        raise ValueError("this process is not in the group that the loss was made for")
+    if world_size > 1 and (world_size, rank) != actual:
+        raise ValueError(
+            f"the loss was made with world_size={world_size}, rank={rank}, but the process group has "
+            f"world_size={actual[0]}, rank={actual[1]} here: pass those, or group= alone"
+        )
+    return found
+
+
+def gather_shards(*tensors: Tensor, group: dist.ProcessGroup | None) -> Shards:
+    """Agree on how the rows of `tensors`, each [n_r, D], lie over the ranks.
+
+    Raises:
+        ValueError: on every rank, if ranks disagree on the width or the dtype of a tensor.
+    """
+    n = tensors[0].shape[0]
+    wanted = tuple(tensor.requires_grad for tensor in tensors)
+    if group is None:
+        return Shards((n,), differentiable=wanted)
+    # One small exchange: rows, then for each tensor its width, its dtype and whether it wants a gradient.
+    mine = [n] + [value for t in tensors for value in (t.shape[1], FEATURE_DTYPES.index(t.dtype), int(t.requires_grad))]
+    world_size = dist.get_world_size(group)
+    described = torch.tensor(mine, dtype=torch.int64, device=tensors[0].device)
+    everyone = described.new_empty(world_size, len(mine))
+    dist.all_gather(list(everyone.unbind()), described, group=group)
+    table = everyone.tolist()
+    for k in range(len(tensors)):
+        kinds = [(row[1 + 3 * k], FEATURE_DTYPES[row[2 + 3 * k]]) for row in table]
+        if len(set(kinds)) > 1:
+            listed = ", ".join(f"rank {r}: width {d}, {dtype}" for r, (d, dtype) in enumerate(kinds))
+            raise ValueError(f"features differ between ranks ({listed}): every rank must pass one width and dtype")
+    differentiable = tuple(any(row[3 + 3 * k] for row in table) for k in range(len(tensors)))
+    return Shards(tuple(row[0] for row in table), dist.get_rank(group), group, differentiable)
+
+
+def gather_rows(shards: Shards, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """All ranks' rows of each tensor: [n_r, D] -> [N_global, D], in rank order, with the exact gradient.
+
+    The backward sums the gradients of a row over all ranks and hands each rank its own rows. 16-bit features
+    travel as they are; their gradients are summed in float32 and rounded once.
+
+    Args:
+        shards: from `gather_shards` of the same tensors.
+        tensors: float tensors [n_r, D].
+    """
+    if shards.group is None:
+        return tensors
+    # A rank whose shard needs no gradient (an empty one, say) must still answer the others in the backward.
+    attached = [
+        tensor.detach().requires_grad_() if wanted and not tensor.requires_grad else tensor
+        for tensor, wanted in zip(tensors, shards.differentiable, strict=True)
+    ]
+    gathered: tuple[Tensor, ...] = _GatherRows.apply(shards, *attached)
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    """One node for all tensors, so that the backward's collectives have one order on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, shards: Shards, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.shards = shards
+        ctx.dtypes = [tensor.dtype for tensor in tensors]
+        return tuple(_all_gather(tensor, shards) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        results = [
+            _reduce_scatter(grad, ctx.shards).to(dtype) if wanted else None
+            for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.shards.differentiable, strict=True)
+        ]
+        return None, *results
+
+
+def _all_gather(rows: Tensor, shards: Shards) -> Tensor:
+    longest = max(shards.sizes)
+    padded = rows.new_zeros(longest, rows.shape[1])
+    padded[: rows.shape[0]] = rows
+    gathered = rows.new_empty(shards.world_size * longest, rows.shape[1])
+    if gathered.numel():
+        dist.all_gather_into_tensor(gathered, padded, group=shards.group)
+    if min(shards.sizes) == longest:
+        return gathered
+    return torch.cat([part[:size] for part, size in zip(torch.split(gathered, longest), shards.sizes, strict=True)])
+
+
+def _reduce_scatter(grad: Tensor, shards: Shards) -> Tensor:
+    """Sum over ranks of the gradient of all rows [N_global, D]; returns the rows of this rank."""
+    longest = max(shards.sizes)
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    if min(shards.sizes) == longest:
+        padded = grad.to(dtype).contiguous()
+    else:
+        padded = grad.new_zeros(shards.world_size * longest, grad.shape[1], dtype=dtype)
+        for part, target in zip(torch.split(grad, list(shards.sizes)), torch.split(padded, longest), strict=True):
+            target[: part.shape[0]] = part
+    own = padded.new_empty(longest, grad.shape[1])
+    if own.numel():
+        dist.reduce_scatter_tensor(own, padded, group=shards.group)
+    return own[: shards.sizes[shards.rank]]
+
+
+def global_mean(terms: Tensor, shards: Shards, *, reduction: str = "mean", local: bool = False) -> Tensor:
+    """Reduce a loss's terms, one for each of this rank's rows, over the whole batch.
+
+    With reduction="mean", L_r = W / N_global * sum(terms); with "sum", L_r = W * sum(terms).
+
+    Args:
+        terms: [n_r], differentiable.
+        shards: how the batch lies over the ranks.
+        reduction: "mean" or "sum"; "none" returns the terms as they are.
+        local: return L_r itself instead of the global value with the gradient of L_r.
+
+    Returns:
+        A scalar: L, the mean of L_r over ranks, bit for bit the same on every rank (or L_r). The mean over an
+        empty batch is NaN, as everywhere in torch.
+    """
+    if reduction == "none":
+        return terms
+    share = terms.sum() * shards.world_size
+    if reduction == "mean":
+        share = share / shards.total
+    if local or shards.group is None:
+        return share
+    result: Tensor = _MeanOverRanks.apply(share, shards)
+    return result
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    """Value: the mean over ranks. Gradient: that of this rank's own share (the trainer takes the mean)."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, shards: Shards) -> Tensor:
+        mean = share.clone()
+        dist.all_reduce(mean, group=shards.group)
+        return mean / shards.world_size
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

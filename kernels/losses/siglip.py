@@ -1,0 +1,89 @@
+"""The loss of SigLIP."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..contrastive import Diagonal, SoftplusSum, similarity_reduce
+from ..distributed import gather_rows
+from .base import ContrastiveLoss
+
+_OPEN_CLIP_EXCHANGES = (None, "bidir", "shift", "reduce", "gather")
+
+
+class SigLipLoss(ContrastiveLoss):
+    """Pairwise sigmoid loss (SigLIP, arXiv:2303.15343), in O(batch) memory.
+
+    With S_ij = logit_scale <image_i, text_j> + logit_bias, and z_ij = +1 for i = j, -1 otherwise, the term of
+    image i is sum_j softplus(-z_ij S_ij) over all texts of the whole batch, and the loss is the mean of the
+    terms over the images: the sum over pairs divided by the batch size, as in the paper and in open_clip.
+
+    A drop-in for open_clip's class of this name: the same constructor and forward. Several ranks, the value and
+    the gradient are as in `ClipLoss`.
+
+    Args:
+        cache_labels: accepted and without effect.
+        rank: this process, if world_size > 1.
+        world_size: above 1 the batch is spread over the default process group.
+        dist_impl: None, "bidir", "shift", "reduce" or "gather": accepted and without effect, since all of them
+            are the same function; `strategy` chooses the exchange.
+        group: process group to use instead of the default one; rank and world_size may then be left out.
+        strategy: "gather": every rank holds all text features during the loss.
+        reduction: "mean", "sum" (both over the whole batch), or "none": the terms of this rank's images.
+        local_loss: return this rank's share L_r, whose mean over ranks is the loss.
+
+    Raises:
+        ValueError: options that this version does not have.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        group: dist.ProcessGroup | None = None,
+        strategy: str = "gather",
+        reduction: str = "mean",
+        local_loss: bool = False,
+    ) -> None:
+        super().__init__(
+            rank=rank, world_size=world_size, local_loss=local_loss, group=group, strategy=strategy, reduction=reduction
+        )
+        if dist_impl not in _OPEN_CLIP_EXCHANGES:
+            known = ", ".join(repr(name) for name in _OPEN_CLIP_EXCHANGES)
+            raise ValueError(f"dist_impl={dist_impl!r}: expected one of {known}")
+        self.cache_labels = cache_labels
+        self.dist_impl = dist_impl
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of a batch whose rows are aligned: image i belongs to text i.
+
+        Args:
+            image_features: [batch, D], normalised as the model defines it; any floating dtype.
+            text_features: [batch, D].
+            logit_scale: the factor itself (not its logarithm), a float or a tensor of shape [] or [1].
+            logit_bias: a float, a tensor of shape [] or [1], or None for 0.
+            output_dict: return {"contrastive_loss": loss}.
+
+        Returns:
+            A scalar in float32 (float64 for float64 features); [batch] for reduction="none".
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes that do not fit.
+        """
+        shards = self._shards(image_features, text_features, text_features)
+        (all_texts,) = gather_rows(shards, text_features)
+        bias = 0.0 if logit_bias is None else logit_bias
+        positive = SoftplusSum(positive=Diagonal(shards.start))
+        (terms,), _ = similarity_reduce(image_features, all_texts, scale=logit_scale, bias=bias, rows=(positive,))
+        return self._finish(terms, shards, output_dict)

@@ -28,7 +28,7 @@ test-fast: $(VENV)/.installed-test  ## without the tests that take more than 20 
 	$(BIN)/python -m pytest -m "not slow"
 
 build: $(VENV)/.installed-train  ## compile csrc/ for this machine ahead of the first use
-	$(BIN)/python -m pairtile.kernels.build
+	$(BIN)/python -c "from pairtile.kernels import build; print(build(verbose=True) or 'nothing was built: the torch backend serves')"
 
 bench: $(VENV)/.installed-bench  ## speed, memory and exactness beside open_clip
 	$(BIN)/python -m pytest benchmarks

@@ -14,6 +14,7 @@ import open_clip.loss
 import pytest
 import torch
 import torch.nn.functional as F
+
 from pairtile.kernels import ClipLoss, SigLipLoss
 
 from .harness import interleaved, medians, peak_memory

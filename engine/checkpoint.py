@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,6 +29,7 @@ from .export import write_model_folder
 from .runtime import Runtime
 
 STATE = "state"
+UNIVERSAL = "universal"
 
 
 @dataclass
@@ -124,12 +127,74 @@ def check_layout(checkpoint: Path, saved: Layout, now: Layout) -> None:
             )
 
 
-def load_checkpoint(checkpoint: Path, engine: Any) -> None:
+@dataclass(frozen=True)
+class Source:
+    """What a run starts from: nothing, or a checkpoint in DeepSpeed's form (``tag``: its sub-folder)."""
+
+    state: TrainerState
+    checkpoint: Path | None = None
+    tag: str = STATE
+
+    @property
+    def universal(self) -> bool:
+        return self.tag == UNIVERSAL
+
+
+def find_source(folder: Path, now: Layout, runtime: Runtime, *, resume: bool) -> Source:
+    """The newest complete checkpoint, converted to DeepSpeed's universal form if ranks or ZeRO stage changed.
+
+    Every rank must call it; rank 0 removes what a killed run left half written, and converts.
+
+    Raises:
+        PairtileError: the checkpoint belongs to other data or another batch, or cannot be converted.
+    """
+    if runtime.is_main:
+        for partial in folder.glob(".partial-*"):
+            shutil.rmtree(partial, ignore_errors=True)
+    runtime.barrier()
+    found = list_checkpoints(folder)
+    if not resume or not found:
+        return Source(TrainerState())
+    state, saved = read_trainer_state(found[-1])
+    check_layout(found[-1], saved, now)
+    if saved.zero_stage == now.zero_stage and (saved.world_size == now.world_size or now.zero_stage == 0):
+        return Source(state, found[-1])
+    if 0 in (saved.zero_stage, now.zero_stage):
+        raise PairtileError(
+            f"cannot resume {found[-1]}: it was written under ZeRO {saved.zero_stage} and train.zero_stage is "
+            f"{now.zero_stage} now; DeepSpeed converts between ZeRO 1, 2 and 3, but not from or to 0. Set "
+            f"train.zero_stage={saved.zero_stage}, or start afresh with resume=never"
+        )
+    if runtime.is_main:
+        _convert(found[-1])
+    runtime.barrier()
+    return Source(state, found[-1], UNIVERSAL)
+
+
+def _convert(checkpoint: Path) -> None:
+    """Write ``checkpoint/universal`` with DeepSpeed's converter, in a process of its own since it forks workers."""
+    if (checkpoint / UNIVERSAL).is_dir():
+        return
+    partial = checkpoint / f"{UNIVERSAL}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(checkpoint / STATE), "--output_folder", str(partial)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise PairtileError(f"DeepSpeed could not convert {checkpoint} for other ranks or another ZeRO stage: {last}")
+    os.replace(partial, checkpoint / UNIVERSAL)
+
+
+def load_checkpoint(source: Source, engine: Any) -> None:
     """Load parameters and optimiser state into the DeepSpeed engine. Every rank must call it."""
-    loaded, _ = engine.load_checkpoint(str(checkpoint), tag=STATE)
+    if source.checkpoint is None:
+        return
+    loaded, _ = engine.load_checkpoint(str(source.checkpoint), tag=source.tag)
     if loaded is None:
         raise PairtileError(
-            f"DeepSpeed found nothing to load in {checkpoint}/{STATE}; remove that folder to go on from the one before"
+            f"DeepSpeed found nothing to load in {source.checkpoint / source.tag}; remove {source.checkpoint} to go "
+            "on from the checkpoint before it"
         )
 
 

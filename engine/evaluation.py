@@ -14,7 +14,7 @@ from .data import ShardDataset, Tokenizer
 from .errors import PairtileError
 from .evaluate import SplitResult, evaluate_split, print_results, to_markdown, write_json
 from .export import find_model, load
-from .plan import open_split
+from .plan import open_split, refused_members
 from .recipe import EvalConfig, Recipe, load_recipe
 from .runtime import Runtime
 
@@ -94,6 +94,8 @@ def evaluate_run(
         raise PairtileError(
             f"{run}/config.yaml names no evaluation split; add data.val, for example data.val.val='val-*.tar'"
         )
+    for line in refused_members(splits):
+        say(line)
     folder = out or run / f"eval-{which}"
     runtime = Runtime(0, 0, 1, encoder.device, None)
     about = {"model": str(source), "data": recipe.data.root}

@@ -53,8 +53,22 @@ def open_training_data(recipe: Recipe) -> tuple[ShardDataset, Tokenizer]:
 
 def open_split(recipe: Recipe, shards: str | list[str], tokenizer: Tokenizer, *, train: bool) -> ShardDataset:
     """A split of the recipe's data, with augmentation if it is trained on."""
-    transform = build_image_transform(recipe.data, recipe.model.vision.image_size, train=train)
-    return ShardDataset(shards, config=recipe.data, tokenizer=tokenizer, transform=transform, seed=recipe.train.seed)
+    config = recipe.data
+    if not train and recipe.eval.captions is not None:
+        config = config.model_copy(update={"captions": recipe.eval.captions})
+    transform = build_image_transform(config, recipe.model.vision.image_size, train=train)
+    return ShardDataset(shards, config=config, tokenizer=tokenizer, transform=transform, seed=recipe.train.seed)
+
+
+def refused_members(splits: dict[str, ShardDataset]) -> list[str]:
+    """One line for each split with shards that hold what cannot be used: truncated tars, unsafe names and types."""
+    lines = []
+    for name, split in splits.items():
+        if split.counts:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(split.counts.items()))
+            first = "; ".join(member for member, _ in split.examples[:3])
+            lines.append(f"{name}: left out when reading the shards: {reasons} (first: {first})")
+    return lines
 
 
 def total_steps(recipe: Recipe, samples: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from .data import DataConfig
+from .data import CaptionChoice, DataConfig
 from .errors import PairtileError
 from .evaluate import ClassificationConfig
 from .presets import expand_preset
@@ -66,6 +66,10 @@ class TextConfig(StrictModel):
     out_dim: int | None = Field(None, gt=0, description="width of the features; needed with target")
     pool: Literal["last", "first", "mean"] = Field(
         "last", description="last: the end-of-text token; first: a [CLS] token; mean: over all real tokens"
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="auto: flash-attn where it is installed, else sdpa; on a CPU eager trains short texts faster",
     )
     pretrained: bool = False
     frozen: bool = False
@@ -141,6 +145,7 @@ class EvalConfig(StrictModel):
 
     splits: list[str] | None = Field(None, description="names in data.val; none: all of them")
     batch_size: int = Field(256, gt=0)
+    captions: CaptionChoice | None = Field(None, description="which captions are candidates; none: as in data.captions")
     match_ids: list[str] = Field([], description="further ids whose equality makes a correct match (glyphs: drawing)")
     without_flags: list[str] = Field([], description="also report without the samples that carry these flags")
     classification: ClassificationConfig | None = None

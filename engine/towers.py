@@ -129,8 +129,7 @@ def _text_model(config: TextConfig, text_config: Any) -> nn.Module:
 
     special = {"clip": CLIPTextModel, "clip_text_model": CLIPTextModel, "siglip_text_model": SiglipTextModel}
     loader: Any = special.get(text_config.model_type, AutoModel)
-    # flash-attn takes 16-bit inputs alone; transformers falls back to sdpa's kernels under float32
-    attention = attention_implementation()
+    attention = attention_implementation() if config.attention == "auto" else config.attention
     if config.pretrained:
         return loader.from_pretrained(
             config.model, config=text_config, attn_implementation=attention, use_safetensors=True

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -26,11 +25,9 @@ from torch import Tensor
 from .checkpoint import (
     Layout,
     TrainerState,
-    check_layout,
+    find_source,
     full_state_dict,
-    list_checkpoints,
     load_checkpoint,
-    read_trainer_state,
     replace_folder,
     save_checkpoint,
 )
@@ -43,7 +40,7 @@ from .guard import GradientGuard
 from .model import DualEncoder, DualOutput
 from .objectives import WeightedSum, check_objectives
 from .optimizer import build_optimizer, learning_rate
-from .plan import check_plan, describe_plan, open_training_data, total_steps
+from .plan import check_plan, describe_plan, open_training_data, refused_members, total_steps
 from .progress import RunLog
 from .recipe import Recipe, load_recipe
 from .runtime import Runtime, environment_rank, seed_step, start
@@ -82,19 +79,27 @@ def train(recipe: Recipe) -> TrainResult:
     objective = WeightedSum(recipe.objectives, runtime.group)
     steps = total_steps(recipe, len(dataset))
     guard = GradientGuard(model)
-    engine = initialize(model.to(runtime.device), recipe, runtime)
 
     # Where to start.
     run_dir, checkpoints = recipe.run_dir, recipe.run_dir / "checkpoints"
     layout = Layout(
-        runtime.world_size, recipe.train.zero_stage, recipe.train.batch_size, recipe.train.accumulation,
-        recipe.train.seed, len(dataset),
-    )  # fmt: skip
-    state = resume(recipe, checkpoints, engine, layout, runtime)
+        runtime.world_size,
+        recipe.train.zero_stage,
+        recipe.train.batch_size,
+        recipe.train.accumulation,
+        recipe.train.seed,
+        len(dataset),
+    )
+    source = find_source(checkpoints, layout, runtime, resume=recipe.resume == "auto")
+    engine = initialize(model.to(runtime.device), recipe, runtime, universal=source.universal)
+    load_checkpoint(source, engine)
+    state = source.state
     describe = {"model": model.config, "data": recipe.data, "tokenizer": tokenizer}
     if runtime.is_main:
         write_config(recipe, run_dir / "config.yaml", runtime.world_size)
     log = RunLog(run_dir, total_steps=steps, start_step=state.step, enabled=runtime.is_main)
+    for line in refused_members({"train": dataset, **splits}):
+        log.say(line)
     if state.step:
         log.say(f"resumed at step {state.step} of {steps}")
     loader = iter(
@@ -176,28 +181,15 @@ def train(recipe: Recipe) -> TrainResult:
     return TrainResult(run_dir, state.step, interrupted, metrics)
 
 
-def initialize(model: DualEncoder, recipe: Recipe, runtime: Runtime) -> Any:
+def initialize(model: DualEncoder, recipe: Recipe, runtime: Runtime, *, universal: bool) -> Any:
     """The DeepSpeed engine around the model."""
     import deepspeed
 
     config = deepspeed_config(recipe, runtime.world_size)
+    if universal:
+        config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
     engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, recipe.train), config=config)
     return engine
-
-
-def resume(recipe: Recipe, checkpoints: Path, engine: Any, layout: Layout, runtime: Runtime) -> TrainerState:
-    """Load the newest checkpoint, if there is one and the recipe allows it. Rank 0 decides which."""
-    if runtime.is_main:
-        for partial in checkpoints.glob(".partial-*"):
-            shutil.rmtree(partial, ignore_errors=True)
-    runtime.barrier()
-    found = list_checkpoints(checkpoints)
-    if recipe.resume == "never" or not found:
-        return TrainerState()
-    state, saved = read_trainer_state(found[-1])
-    check_layout(found[-1], saved, layout)
-    load_checkpoint(found[-1], engine)
-    return state
 
 
 def forward(engine: Any, batch: Batch, runtime: Runtime) -> DualOutput:

@@ -5,6 +5,7 @@ from .glyphs import prepare_glyphs
 from .options import WriteOptions
 from .report import PrepareReport
 from .table import prepare_csv, prepare_jsonl
+from .tokenizer import prepare_tokenizer
 from .webdataset import prepare_webdataset
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "prepare_folder",
     "prepare_glyphs",
     "prepare_jsonl",
+    "prepare_tokenizer",
     "prepare_webdataset",
 ]

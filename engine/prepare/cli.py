@@ -13,6 +13,7 @@ from .glyphs import prepare_glyphs
 from .options import Format, WriteOptions
 from .report import PrepareReport
 from .table import prepare_csv, prepare_jsonl
+from .tokenizer import prepare_tokenizer
 from .webdataset import prepare_webdataset
 
 prepare = typer.Typer(
@@ -139,6 +140,21 @@ def webdataset(
     """Tar shards from elsewhere, validated and written again."""
     options = _options(size, image_format, val_fraction, seed, samples_per_shard, vocab_size, workers)
     _tell(prepare_webdataset(source[0] if len(source) == 1 else source, out, options=options))
+
+
+@prepare.command()
+def tokenizer(
+    source: Annotated[Path, typer.Argument(help="folder of shards")],
+    out: Annotated[Path, typer.Option(help="a folder for tokenizer.json; name it in data.tokenizer")],
+    train: Annotated[str, typer.Option(help="pattern of the training shards")] = "train-*.tar",
+    tag: Annotated[
+        list[str] | None, typer.Option(help="source or language to read; may be given several times; default: all")
+    ] = None,
+    vocab_size: Annotated[int, typer.Option(help="tokens")] = 8192,
+) -> None:
+    """A tokenizer trained on the captions of shards that come without one."""
+    made = prepare_tokenizer(source, out, train=train, tags=tag, vocab_size=vocab_size)
+    typer.echo(f"wrote {out}/tokenizer.json with {made.vocab_size:,} tokens")
 
 
 def _options(

@@ -18,7 +18,15 @@ from pairtile.engine.launch import launch
 @pytest.mark.slow
 def test_launchers_give_the_same_losses(tiny, write_recipe, tmp_path, monkeypatch):
     path = write_recipe(**{"train.zero_stage": 2})
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "pairtile.engine.train"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "pairtile.engine.train",
+    ]
     for name, command in (("python", PYTHON), ("torchrun", torchrun)):
         done = run([*command, str(path), f"output={tmp_path / name}"])
         assert done.returncode == 0, done.stdout + done.stderr
@@ -71,7 +79,13 @@ def test_sigterm_saves_and_exits_0(write_recipe, tmp_path):
 @pytest.mark.slow
 def test_killed_five_times_and_resumed_the_curve_is_the_same_bit_for_bit(write_recipe, tmp_path):
     steps = 60
-    changes = {"train.steps": steps, "train.save_every": 1, "train.zero_stage": 2, "train.warmup_steps": 5, "eval.splits": []}
+    changes = {
+        "train.steps": steps,
+        "train.save_every": 1,
+        "train.zero_stage": 2,
+        "train.warmup_steps": 5,
+        "eval.splits": [],
+    }
     path = write_recipe(**changes)
     whole = run([*PYTHON, str(path), f"output={tmp_path / 'whole'}"])
     assert whole.returncode == 0, whole.stdout + whole.stderr
@@ -81,7 +95,9 @@ def test_killed_five_times_and_resumed_the_curve_is_the_same_bit_for_bit(write_r
     folder = tmp_path / "killed"
     command = [*PYTHON, str(path), f"output={folder}"]
     for kill in range(5):
-        process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         # each time some steps further; a checkpoint is written at every step, so kills fall into and between them
         target = min(steps - 5, chance.randint(3, 8) + 9 * kill)
         wait_for(lambda target=target: max(losses_so_far(folder), default=0) >= target, process)

@@ -131,7 +131,10 @@ def test_towers_by_import_path(tiny):
         ({"model.text.model": "nosuch"}, "model.text: transformers model nosuch"),
         ({"model.text.args": {"vocab_size": 10}}, "the tokenizer has 300 tokens"),
         ({"model.text.args": {"max_position_embeddings": 3}}, "the text tower has 3 positions"),
-        ({"model.vision.model": None, "model.vision.target": "nosuch:Net", "model.vision.out_dim": 4}, "could not be built"),
+        (
+            {"model.vision.model": None, "model.vision.target": "nosuch:Net", "model.vision.out_dim": 4},
+            "could not be built",
+        ),
     ],
 )
 def test_wrong_towers_are_one_line(tiny, changes, expected):
@@ -152,7 +155,9 @@ def test_text_tower_from_a_local_folder_is_described_without_it(tiny, tmp_path):
     assert model.config.text.model == "bert"
     again, width = build_text(TextConfig(**{**model.config.text.model_dump(), "pretrained": False}), **SIZES)
     assert width == 32
-    assert {name: p.shape for name, p in again.named_parameters()} == {n: p.shape for n, p in model.text.named_parameters()}
+    assert {name: p.shape for name, p in again.named_parameters()} == {
+        n: p.shape for n, p in model.text.named_parameters()
+    }
 
 
 def test_activation_checkpointing_needs_a_switch(tiny):

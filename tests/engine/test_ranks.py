@@ -11,6 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 from curves import environment, losses
+from pairtile.engine.errors import PairtileError
+from pairtile.engine.recipe import parse_recipe
+from pairtile.engine.train import train
 
 WORKER = Path(__file__).parents[1] / "support" / "train_worker.py"
 STEPS = 10
@@ -55,7 +58,10 @@ def test_zero_stages_and_ranks_give_one_curve(tiny, runs):
     configurations = [(ranks, stage) for ranks in (1, 2) for stage in (0, 1, 2, 3)]
     for ranks in (1, 2):
         recipes = [
-            tiny(output=str(runs / f"{ranks}-{stage}"), **{"train.steps": STEPS, "train.zero_stage": stage, "train.warmup_steps": 3})
+            tiny(
+                output=str(runs / f"{ranks}-{stage}"),
+                **{"train.steps": STEPS, "train.zero_stage": stage, "train.warmup_steps": 3},
+            )
             for stage in (0, 1, 2, 3)
         ]
         train_on(ranks, recipes, runs)
@@ -80,7 +86,13 @@ def test_zero_stages_and_ranks_give_one_curve(tiny, runs):
 
 @pytest.mark.slow
 def test_two_ranks_resume_accumulate_and_evaluate_like_one(tiny, runs):
-    changes = {"train.steps": 4, "train.accumulation": 2, "train.precision": "bf16", "train.zero_stage": 2, "train.save_every": 2}
+    changes = {
+        "train.steps": 4,
+        "train.accumulation": 2,
+        "train.precision": "bf16",
+        "train.zero_stage": 2,
+        "train.save_every": 2,
+    }
     first = tiny(output=str(runs / "parts"), **changes)
     first["train"]["keep_last"] = 5
     train_on(2, [{**first, "train": {**first["train"], "schedule": "constant", "steps": 2}}], runs)
@@ -94,3 +106,34 @@ def test_two_ranks_resume_accumulate_and_evaluate_like_one(tiny, runs):
         evaluations.append([line for line in lines if line["kind"] == "eval" and line["step"] == 4])
     assert evaluations[0] == evaluations[1]
     assert math.isfinite(evaluations[0][0]["unseen/text_to_image/R@1"])
+
+
+@pytest.mark.slow
+def test_resume_at_another_number_of_ranks_and_zero_stage(tiny, runs):
+    changes = {"train.steps": 6, "train.schedule": "constant", "train.save_every": 3, "train.keep_last": 9}
+    whole = tiny(output=str(runs / "one-whole"), **changes, **{"train.zero_stage": 1})
+    parts = {
+        f"{stage}-{ranks}": tiny(output=str(runs / f"change-{stage}-{ranks}"), **changes, **{"train.zero_stage": stage})
+        for stage in (2, 3)
+        for ranks in (1, 2)
+    }
+    # the first half under ZeRO 2 with two ranks
+    halves = [{**recipe, "train": {**recipe["train"], "steps": 3, "zero_stage": 2}} for recipe in parts.values()]
+    train_on(2, halves, runs)
+    # the second half as the names say: 2-1 and 3-1 change the ranks, 3-1 and 3-2 the stage, 2-2 nothing
+    train_on(1, [whole, parts["2-1"], parts["3-1"]], runs)
+    train_on(2, [parts["2-2"], parts["3-2"]], runs)
+    expected = losses(runs / "one-whole")
+    for name in parts:
+        # as between stages and ranks in one go, above
+        assert losses(runs / f"change-{name}") == pytest.approx(expected, rel=1e-5), name
+    assert (runs / "change-3-1" / "checkpoints" / "step-00000003" / "universal").is_dir()
+    assert not (runs / "change-2-2" / "checkpoints" / "step-00000003" / "universal").exists()
+
+
+def test_resume_from_or_to_zero_0_says_why_not(tiny):
+    train(parse_recipe(tiny(**{"train.zero_stage": 2})))
+    with pytest.raises(
+        PairtileError, match=r"written under ZeRO 2 and train.zero_stage is 0 now; .* but not from or to 0"
+    ):
+        train(parse_recipe(tiny(**{"train.zero_stage": 0})))

@@ -44,7 +44,9 @@ def test_missing_key(tiny):
 
 
 def test_overrides_reach_nested_keys_and_lists(write_recipe):
-    recipe = load_recipe(write_recipe(), ["train.lr=1e-4", "objectives=[{name: siglip}]", "objectives.0.weight=2", "eval.splits=[]"])
+    recipe = load_recipe(
+        write_recipe(), ["train.lr=1e-4", "objectives=[{name: siglip}]", "objectives.0.weight=2", "eval.splits=[]"]
+    )
     assert (recipe.train.lr, recipe.objectives[0].name, recipe.objectives[0].weight) == (1e-4, "siglip", 2.0)
     assert recipe.eval.splits == []
 
@@ -70,7 +72,9 @@ def test_missing_file_and_broken_yaml(tmp_path):
 
 
 def test_preset_is_filled_in_and_overridden(tiny):
-    recipe = parse_recipe(tiny(model={"preset": "ViT-B-16", "text": {"args": {"num_hidden_layers": 3}}}, **{"data.image_mode": "RGB"}))
+    recipe = parse_recipe(
+        tiny(model={"preset": "ViT-B-16", "text": {"args": {"num_hidden_layers": 3}}}, **{"data.image_mode": "RGB"})
+    )
     assert recipe.model.vision.model == PRESETS["ViT-B-16"]["vision"]["model"]
     assert recipe.model.text.args["num_hidden_layers"] == 3
     assert recipe.model.text.args["hidden_size"] == 512

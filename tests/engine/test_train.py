@@ -5,20 +5,20 @@ import json
 import math
 import shutil
 import tarfile
+from itertools import pairwise
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from curves import losses
 from pairtile.engine.checkpoint import list_checkpoints, read_trainer_state
 from pairtile.engine.errors import PairtileError
 from pairtile.engine.optimizer import build_optimizer, learning_rate
 from pairtile.engine.progress import rewind
 from pairtile.engine.recipe import TrainConfig, parse_recipe
 from pairtile.engine.train import main, train
-
-from curves import losses
 
 
 def test_a_run_leaves_everything_a_person_looks_for(tiny):
@@ -42,7 +42,9 @@ def test_a_run_leaves_everything_a_person_looks_for(tiny):
 
 def test_resume_continues_the_curve_bit_for_bit(tiny, tmp_path):
     whole = train(parse_recipe(tiny(output=str(tmp_path / "whole"), **{"train.steps": 6})))
-    recipe = parse_recipe(tiny(output=str(tmp_path / "parts"), **{"train.steps": 6, "train.save_every": 1, "train.keep_last": 9}))
+    recipe = parse_recipe(
+        tiny(output=str(tmp_path / "parts"), **{"train.steps": 6, "train.save_every": 1, "train.keep_last": 9})
+    )
     train(recipe)
     checkpoints = list_checkpoints(recipe.run_dir / "checkpoints")
     # as a kill while step 4 was being written would leave it
@@ -82,7 +84,9 @@ def test_activation_checkpointing_changes_nothing(tiny, tmp_path):
 def test_accumulation_averages_batches_and_adds_no_negatives(tiny, tmp_path):
     still = {"train.lr": 1e-12}
     apart = train(parse_recipe(tiny(output=str(tmp_path / "apart"), **still, **{"train.steps": 6})))
-    together = train(parse_recipe(tiny(output=str(tmp_path / "together"), **still, **{"train.accumulation": 3, "train.steps": 2})))
+    together = train(
+        parse_recipe(tiny(output=str(tmp_path / "together"), **still, **{"train.accumulation": 3, "train.steps": 2}))
+    )
     state, _ = read_trainer_state(list_checkpoints(together.run_dir / "checkpoints")[-1])
     assert (state.step, state.batch_index) == (2, 6)
     single = losses(apart.run_dir)
@@ -93,7 +97,9 @@ def test_accumulation_averages_batches_and_adds_no_negatives(tiny, tmp_path):
 
 @pytest.mark.parametrize("name", ["siglip", "clip"])
 def test_objectives(tiny, name):
-    result = train(parse_recipe(tiny(objectives=[{"name": name}], **{"model.init_logit_bias": -10.0, "train.steps": 12})))
+    result = train(
+        parse_recipe(tiny(objectives=[{"name": name}], **{"model.init_logit_bias": -10.0, "train.steps": 12}))
+    )
     curve = losses(result.run_dir)
     assert curve[12] < curve[1]
 
@@ -120,10 +126,12 @@ def test_a_small_drift_of_the_scale_survives_bf16(tiny):
     # bf16 has 8 bits: near log(100) = 4.6 its steps are 0.03, so a parameter kept in bf16 would not move at all
     changes = {"train.precision": "bf16", "train.lr": 1e-4, "train.weight_decay": 0.0, "model.init_logit_scale": 90.0}
     for stage in (0, 2):
-        result = train(parse_recipe(tiny(output=tiny()["output"] + str(stage), **changes, **{"train.zero_stage": stage})))
+        result = train(
+            parse_recipe(tiny(output=tiny()["output"] + str(stage), **changes, **{"train.zero_stage": stage}))
+        )
         lines = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
         scales = [line["scale"] for line in lines if line["kind"] == "train"]
-        steps = [abs(math.log(after / before)) for before, after in zip(scales, scales[1:])]
+        steps = [abs(math.log(after / before)) for before, after in pairwise(scales)]
         assert all(1e-6 < step < 2e-4 for step in steps), scales
 
 
@@ -279,7 +287,7 @@ def test_learning_rate_schedule():
     assert rates[10] == 1.0
     assert rates[55] == pytest.approx(0.55)
     assert rates[-1] > 0.1
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:]))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     assert learning_rate(99, 100, config.model_copy(update={"schedule": "constant"})) == 1.0
 
 

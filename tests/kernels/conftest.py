@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from pairtile.kernels import use_backend
 from torch import Tensor
+
+from pairtile.kernels import use_backend
 
 #: A new backend is added here and passes every test below it.
 BACKENDS = ["reference", "torch"]

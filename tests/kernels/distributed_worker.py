@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from pairtile.kernels import ClipLoss, SigLipLoss, use_backend
 from torch import nn
+
+from pairtile.kernels import ClipLoss, SigLipLoss, use_backend
 
 LOSSES = {"clip": ClipLoss, "siglip": SigLipLoss}
 

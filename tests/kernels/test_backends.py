@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from pairtile.kernels import ClipLoss, info, use_backend
 from pairtile.kernels.backends import select_backend
 

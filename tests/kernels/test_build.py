@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.file_baton import FileBaton
+
 from pairtile.kernels import build, info
 from pairtile.kernels.build import build_directory, built_library, compiler, exclusive_build, missing_tool
-from torch.utils.file_baton import FileBaton
 
 
 @pytest.fixture(autouse=True)

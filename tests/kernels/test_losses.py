@@ -7,8 +7,9 @@ import inspect
 import open_clip.loss
 import pytest
 import torch
-from pairtile.kernels import ClipLoss, SigLipLoss, use_backend
 from torch.utils.checkpoint import checkpoint
+
+from pairtile.kernels import ClipLoss, SigLipLoss, use_backend
 
 LOSSES = {"clip": (ClipLoss, open_clip.loss.ClipLoss), "siglip": (SigLipLoss, open_clip.loss.SigLipLoss)}
 

@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
-from pairtile.kernels import Diagonal, LogSumExp, PairScore, SoftplusSum, similarity_reduce, use_backend
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from pairtile.kernels import Diagonal, LogSumExp, PairScore, SoftplusSum, similarity_reduce, use_backend
 
 
 def every_reduction(offset: int) -> tuple:

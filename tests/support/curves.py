@@ -18,7 +18,11 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")}
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    }
     return {**clean, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", **more}
 
 

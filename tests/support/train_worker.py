@@ -1,6 +1,6 @@
 """One rank that trains several recipes one after the other: starting Python once is most of a small run's time.
 
-    train_worker.py RECIPE.json...
+train_worker.py RECIPE.json...
 """
 
 import json

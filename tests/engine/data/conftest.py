@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pairtile.engine.data import DataConfig, ShardDataset, Tokenizer, build_image_transform, train_tokenizer
 from PIL import Image
+
+from pairtile.engine.data import DataConfig, ShardDataset, Tokenizer, build_image_transform, train_tokenizer
 
 Member = tuple[str, bytes | tarfile.TarInfo]
 

@@ -8,6 +8,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+
 from pairtile.engine.data import BadSample, Reason
 from pairtile.engine.data.arrays import parse_array
 

@@ -6,9 +6,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
+
 from pairtile.engine.data import BadSample, Caption, CaptionChoice, choose_caption, filter_captions
 from pairtile.engine.data.order import CAPTION_STREAM, sample_seeds
-from pydantic import ValidationError
 
 CAPTIONS = [Caption("dog", "en"), Caption("Hund", "de"), Caption("hound", "en"), Caption("chien", "fr")]
 DRAWS = sample_seeds(0, 0, np.arange(4000), CAPTION_STREAM).tolist()

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from pairtile.engine.data import DataConfig, ShardDataset, build_image_transform, build_loader, iterate_split
 
 FOLDER = Path(os.environ.get("PAIRTILE_EMOJI") or Path(__file__).resolve().parents[4] / "shared" / "data" / "emoji")

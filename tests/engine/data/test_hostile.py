@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from pairtile.engine.data import Reason, ShardDataset, build_loader, iterate_split
 
 OpenSplit = Callable[..., ShardDataset]

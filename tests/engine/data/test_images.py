@@ -9,10 +9,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from pairtile.engine.data import BadSample, DataConfig, Reason, build_image_transform, decode_image
 from pairtile.engine.data.images import convert_image
 from pairtile.engine.errors import PairtileError
-from PIL import Image
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+
 from pairtile.engine.data import (
     Batch,
     Reason,

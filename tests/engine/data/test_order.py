@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from pairtile.engine.data import batch_indices, batch_order
 from pairtile.engine.data.order import AUGMENT_STREAM, CAPTION_STREAM, permute, rank_slice, sample_seeds
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from pairtile.engine.data import BadSample, Caption, Reason
 from pairtile.engine.data.schema import parse_id, parse_sample, record_of, sample_from_record
 

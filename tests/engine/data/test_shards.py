@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from pairtile.engine.data import ShardDataset, expand_shards
 from pairtile.engine.data.members import split_name
 from pairtile.engine.data.shard_index import load_index

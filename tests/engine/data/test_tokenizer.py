@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+
 from pairtile.engine.data import Tokenizer, load_tokenizer, train_tokenizer
 from pairtile.engine.errors import PairtileError
 

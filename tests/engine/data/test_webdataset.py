@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from pairtile.engine.data import ShardDataset, build_loader
 
 wds = pytest.importorskip("webdataset")

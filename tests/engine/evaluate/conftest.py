@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from pairtile.engine.evaluate import embed, sheet_rows
 
 SCRIPT = Path(__file__).with_name("fake_split.py")

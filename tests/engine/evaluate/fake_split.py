@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pairtile.engine.evaluate import ClassificationConfig, SplitResult, embed, evaluate_split, sheet_rows
 from torch import Tensor, nn
+
+from pairtile.engine.evaluate import ClassificationConfig, SplitResult, embed, evaluate_split, sheet_rows
 
 CLASSES = ClassificationConfig(
     label="kind", classes={"round": "round", "flat": ["flat", "level"], "long": "long"}, templates=["a {} thing", "{}"]

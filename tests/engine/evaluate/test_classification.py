@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
+
 from pairtile.engine.errors import PairtileError
 from pairtile.engine.evaluate import ClassificationConfig, classify, zero_shot_weights
 from pairtile.engine.evaluate.classification import class_words
-from pydantic import ValidationError
 
 
 def embed(texts: list[str]) -> torch.Tensor:

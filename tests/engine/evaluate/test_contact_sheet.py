@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageColor
+
 from pairtile.engine.errors import PairtileError
 from pairtile.engine.evaluate import ContactRow, draw_contact_sheet
 from pairtile.engine.evaluate import contact_sheet as sheet
-from PIL import Image, ImageColor
 
 
 def image(channels: int, height: int, width: int, value: int = 128) -> torch.Tensor:

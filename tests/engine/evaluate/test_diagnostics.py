@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from pairtile.engine.evaluate import diagnose
 from pairtile.engine.evaluate.diagnostics import uniformity
 

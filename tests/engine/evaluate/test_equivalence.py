@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+
 from pairtile.engine.evaluate import id_ceiling, match_keys
 from pairtile.engine.evaluate.equivalence import ambiguous_keys
 

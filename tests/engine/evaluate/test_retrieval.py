@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from pairtile.engine.evaluate import rank_metrics, retrieval_metrics, retrieval_ranks
 
 

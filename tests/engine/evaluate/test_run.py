@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
+
 from pairtile.engine.data import DataConfig, ShardDataset
 from pairtile.engine.errors import PairtileError
 from pairtile.engine.evaluate import ClassificationConfig, SplitResult, embed_split, evaluate_split, make_encoder
-from PIL import Image
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 
 def embedded(fake: ModuleType, count: int = 43) -> Any:

@@ -7,10 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from rich.console import Console
+
 from pairtile.engine.errors import PairtileError
 from pairtile.engine.evaluate import SplitResult, print_results, read_json, to_markdown, write_json
 from pairtile.engine.evaluate.table import retrieval_rows
-from rich.console import Console
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from pairtile.engine.evaluate import topk_scores
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from pairtile.engine.data import DataConfig, Sample, ShardDataset, build_image_transform
 from pairtile.engine.prepare import WriteOptions
-from PIL import Image
 
 
 def picture(seed: int, size: tuple[int, int] = (12, 8), format: str = "JPEG") -> bytes:

@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+
 from pairtile.engine.data import (
     DataConfig,
     EvalBatch,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from pairtile.engine.data import Reason, Sample
 from pairtile.engine.prepare import WriteOptions, prepare_csv, prepare_folder, prepare_jsonl, prepare_webdataset
 

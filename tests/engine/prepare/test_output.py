@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
+
 from pairtile.engine.errors import PairtileError
 from pairtile.engine.prepare.output import Dropped, ShardWriter, atomic_folder, explain
 from pairtile.engine.prepare.pool import ordered_map

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from pairtile.engine.data import Caption, Sample, load_tokenizer
 from pairtile.engine.errors import PairtileError
 from pairtile.engine.prepare import WriteOptions, prepare_csv, prepare_folder, prepare_jsonl, prepare_webdataset
-from PIL import Image
 
 Read = Callable[[Path, str], list[Sample]]
 

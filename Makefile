@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?= data/glyphs
 RUN ?= runs/glyphs_clip
+# test processes; a file stays in one, so that its fixtures are made once
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-fast build bench lint typecheck format clean help
 help:  ## list the targets
@@ -22,10 +25,10 @@ demo: $(VENV)/.installed-train  ## prepare glyphs, train on two ranks under ZeRO
 	$(BIN)/python -m pairtile.engine.demo --data $(DATA) --run $(RUN)
 
 test: $(VENV)/.installed-test  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(VENV)/.installed-test  ## without the tests that take more than 20 seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 build: $(VENV)/.installed-train  ## compile csrc/ for this machine ahead of the first use
 	$(BIN)/python -c "from pairtile.kernels import build; print(build(verbose=True) or 'nothing was built: the torch backend serves')"

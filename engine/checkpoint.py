@@ -16,16 +16,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .errors import PairtileError
 from .export import write_model_folder
+from .recipe import ModelConfig
 from .runtime import Runtime
 
 STATE = "state"
@@ -40,7 +42,6 @@ class TrainerState:
     batch_index: int = 0
     seconds: float = 0.0
     bad_batches: int = 0
-    best: float | None = None
     skipped_samples: dict[str, int] = field(default_factory=dict)
 
 
@@ -72,8 +73,28 @@ def save_checkpoint(
         describe: keyword arguments of :func:`write_model_folder` (model configuration, tokenizer, ...).
     """
     final = folder / f"step-{state.step:08d}"
-    if (final / "trainer.json").is_file():
+    if is_complete(final):
         return final
+    try:
+        _write_checkpoint(folder, final, engine, state, layout, runtime, describe, keep_last)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PairtileError(
+            f"cannot write {final}: {reason}; make room or set another output. The checkpoint before it is intact"
+        ) from None
+    return final
+
+
+def _write_checkpoint(
+    folder: Path,
+    final: Path,
+    engine: Any,
+    state: TrainerState,
+    layout: Layout,
+    runtime: Runtime,
+    describe: dict[str, Any],
+    keep_last: int,
+) -> None:
     partial = folder / f".partial-{state.step:08d}"
     if runtime.is_main:
         shutil.rmtree(partial, ignore_errors=True)
@@ -88,17 +109,30 @@ def save_checkpoint(
     runtime.barrier()
     if runtime.is_main:
         _sync_tree(partial)
+        remove_folder(final)  # left by a kill while it was being removed
         os.replace(partial, final)
         _sync(folder)
         for old in list_checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
     runtime.barrier()
-    return final
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "trainer.json").is_file())
+    return sorted(path for path in folder.glob("step-*") if is_complete(path))
+
+
+def is_complete(checkpoint: Path) -> bool:
+    return (checkpoint / "trainer.json").is_file()
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder under another name, so that a kill in between leaves nothing that looks whole."""
+    if folder.exists():
+        condemned = folder.with_name(f".old-{folder.name}")
+        shutil.rmtree(condemned, ignore_errors=True)
+        os.replace(folder, condemned)
+        shutil.rmtree(condemned, ignore_errors=True)
 
 
 def read_trainer_state(checkpoint: Path) -> tuple[TrainerState, Layout]:
@@ -140,23 +174,29 @@ class Source:
         return self.tag == UNIVERSAL
 
 
-def find_source(folder: Path, now: Layout, runtime: Runtime, *, resume: bool) -> Source:
+def find_source(run_dir: Path, now: Layout, model: ModelConfig, runtime: Runtime, *, resume: bool) -> Source:
     """The newest complete checkpoint, converted to DeepSpeed's universal form if ranks or ZeRO stage changed.
 
-    Every rank must call it; rank 0 removes what a killed run left half written, and converts.
+    Every rank must call it. Rank 0 removes what a killed run left half written, converts, and, without
+    ``resume``, moves an earlier run in the same folder out of the way.
 
     Raises:
-        PairtileError: the checkpoint belongs to other data or another batch, or cannot be converted.
+        PairtileError: the checkpoint belongs to another model, other data or another batch, or cannot be converted.
     """
+    folder = run_dir / "checkpoints"
     if runtime.is_main:
-        for partial in folder.glob(".partial-*"):
-            shutil.rmtree(partial, ignore_errors=True)
+        for pattern in (".partial-*", ".old-*"):
+            for left_over in folder.glob(pattern):
+                shutil.rmtree(left_over, ignore_errors=True)
+        if not resume:
+            _move_away(run_dir)
     runtime.barrier()
     found = list_checkpoints(folder)
-    if not resume or not found:
+    if not found:
         return Source(TrainerState())
     state, saved = read_trainer_state(found[-1])
     check_layout(found[-1], saved, now)
+    check_model(found[-1], model)
     if saved.zero_stage == now.zero_stage and (saved.world_size == now.world_size or now.zero_stage == 0):
         return Source(state, found[-1])
     if 0 in (saved.zero_stage, now.zero_stage):
@@ -169,6 +209,42 @@ def find_source(folder: Path, now: Layout, runtime: Runtime, *, resume: bool) ->
         _convert(found[-1])
     runtime.barrier()
     return Source(state, found[-1], UNIVERSAL)
+
+
+def _move_away(run_dir: Path) -> None:
+    """Put an earlier run's results into ``previous-N``: a new one must neither mix with them nor destroy them."""
+    kept = [path for path in run_dir.iterdir() if not path.name.startswith("previous-")]
+    if (
+        not any(list_checkpoints(path) for path in kept if path.name == "checkpoints")
+        and not (run_dir / "best").exists()
+    ):
+        return
+    number = 1 + sum(1 for _ in run_dir.glob("previous-*"))
+    target = run_dir / f"previous-{number}"
+    target.mkdir()
+    for path in kept:
+        os.replace(path, target / path.name)
+    (run_dir / "checkpoints").mkdir()
+
+
+def check_model(checkpoint: Path, now: ModelConfig) -> None:
+    """Refuse to continue with another model. Raises :class:`PairtileError` naming the first key that differs."""
+    saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model"]
+    ignored = ("preset", "pretrained", "attention")  # they do not change what the weights mean
+    for key, before, after in _differences(saved, now.model_dump(mode="json"), "model"):
+        if key.rsplit(".", 1)[-1] not in ignored:
+            raise PairtileError(
+                f"cannot resume {checkpoint}: {key} was {before} and is {after} now; set it back, or start afresh with "
+                "resume=never or another output"
+            )
+
+
+def _differences(before: Any, after: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in {**before, **after}:
+            yield from _differences(before.get(name), after.get(name), f"{key}.{name}")
+    elif before != after:
+        yield key, before, after
 
 
 def _convert(checkpoint: Path) -> None:
@@ -203,7 +279,8 @@ def full_state_dict(module: nn.Module, runtime: Runtime) -> dict[str, Tensor]:
     import deepspeed
 
     state: dict[str, Tensor] = {}
-    for name, parameter in module.named_parameters():
+    # tied parameters have several names, and a model that loads the file asks for all of them
+    for name, parameter in module.named_parameters(remove_duplicate=False):
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if runtime.is_main:
                 state[name] = parameter.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)
@@ -216,17 +293,15 @@ def full_state_dict(module: nn.Module, runtime: Runtime) -> dict[str, Tensor]:
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Fill a new folder and put it in the place of ``target``; a kill leaves the old or the new one whole."""
-    partial, old = (target.with_name(f".{target.name}.{word}") for word in ("partial", "old"))
-    for left_over in (partial, old):
-        shutil.rmtree(left_over, ignore_errors=True)
+    """Fill a new folder and put it in the place of ``target``, which is never seen half written."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     write(partial)
     _sync_tree(partial)
-    if target.exists():
-        os.replace(target, old)
+    remove_folder(target)
     os.replace(partial, target)
-    shutil.rmtree(old, ignore_errors=True)
+    _sync(target.parent)
 
 
 def _sync_tree(folder: Path) -> None:

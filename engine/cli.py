@@ -46,7 +46,10 @@ def train(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="the folder of a run")],
     overrides: Overrides = None,
-    data: Annotated[Path | None, typer.Option(help="another folder of shards with the same splits")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="shards by pattern, or a folder of shards with the run's splits; default: the run's"),
+    ] = None,
     which: Annotated[str, typer.Option(help="best or last checkpoint")] = "best",
     out: Annotated[Path | None, typer.Option(help="where the results go; default RUN/eval-WHICH")] = None,
 ) -> None:

@@ -7,3 +7,7 @@ class PairtileError(Exception):
     The message is one line that says what was given, what was expected and what to do. Command line entry
     points print it alone and exit with code 2; every other exception is a bug and keeps its traceback.
     """
+
+
+class RecipeError(PairtileError):
+    """A :class:`PairtileError` that every rank meets alike, so that rank 0 alone tells it."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from .curve import draw_curve
 from .data import ShardDataset, Tokenizer
-from .errors import PairtileError
+from .errors import PairtileError, RecipeError
 from .evaluate import SplitResult, evaluate_split, print_results, to_markdown, write_json
 from .export import find_model, load
 from .plan import open_split, refused_members
@@ -27,9 +27,14 @@ def open_splits(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, ShardDataset]
     wanted = list(known) if recipe.eval.splits is None else recipe.eval.splits
     for name in wanted:
         if name not in known:
-            raise PairtileError(
+            raise RecipeError(
                 f"eval.splits names {name!r}, which is not in data.val (there: {', '.join(known) or 'none'})"
             )
+    best = recipe.eval.best
+    if best is not None and best.split("/")[0] not in wanted:
+        raise RecipeError(
+            f"eval.best is {best!r}, which is of no evaluated split (evaluated: {', '.join(wanted) or 'none'})"
+        )
     return {name: open_split(recipe, known[name], tokenizer, train=False) for name in wanted}
 
 
@@ -68,14 +73,14 @@ def evaluate_model(
 
 
 def evaluate_run(
-    run: Path, *, data: Path | None = None, overrides: list[str] | None = None, which: str = "best", out: Path | None = None,
+    run: Path, *, data: str | None = None, overrides: list[str] | None = None, which: str = "best", out: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> list[SplitResult]:  # fmt: skip
     """Evaluate a trained model, print the table and draw the contact sheets (``pairtile evaluate``).
 
     Args:
         run: the folder of a run, whose ``config.yaml`` says what is evaluated and how.
-        data: another folder of shards with the same splits; by default the recipe's.
+        data: a folder of shards with the same splits, or shards by pattern; by default the recipe's.
         overrides: ``key=value`` changes to the run's recipe, such as ``eval.batch_size=64``.
         which: ``best`` or ``last`` checkpoint.
         out: where the results go; by default ``RUN/eval-best`` or ``RUN/eval-last``.
@@ -85,8 +90,9 @@ def evaluate_run(
     """
     if not (run / "config.yaml").is_file():
         raise PairtileError(f"{run} is not a run folder: no config.yaml in it")
-    changes = [*(overrides or []), *([f"data.root={data}"] if data is not None else [])]
-    recipe = load_recipe(run / "config.yaml", changes)
+    recipe = load_recipe(run / "config.yaml", overrides)
+    if data is not None:
+        recipe = _with_data(recipe, data)
     source = find_model(run, which)
     encoder = load(source, device="cuda" if torch.cuda.is_available() else "cpu")
     splits = open_splits(recipe, encoder.tokenizer)
@@ -106,6 +112,14 @@ def evaluate_run(
     sheets = ", ".join(str(folder / f"{name}.png") for name in splits) if recipe.eval.contact_sheet else "none"
     say(f"model: {source}\nresults: {folder / RESULTS}\ncurve: {draw_curve(run)}\ncontact sheets: {sheets}")
     return results
+
+
+def _with_data(recipe: Recipe, data: str) -> Recipe:
+    if Path(data).is_dir():
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": data})})
+    splits = {"data": str(Path(data).absolute())}
+    evaluation = recipe.eval.model_copy(update={"splits": None, "best": None})
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"val": splits}), "eval": evaluation})
 
 
 def headline(metrics: dict[str, float]) -> str:

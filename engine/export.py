@@ -72,7 +72,7 @@ def export(run: str | Path, out: str | Path, *, which: str = "best") -> Path:
     try:
         partial.mkdir(parents=True)
         for file in source.iterdir():
-            if file.is_file() and file.name != "trainer.json":
+            if file.is_file() and file.name not in ("trainer.json", "score.json"):
                 shutil.copy2(file, partial / file.name)
         if target.exists():
             target.rmdir()
@@ -89,38 +89,48 @@ def find_model(path: str | Path, which: str = "best") -> Path:
         return root
     if which == "best" and (root / "best" / WEIGHTS).is_file():
         return root / "best"
-    checkpoints = sorted(file.parent for file in root.glob(f"checkpoints/step-*/{WEIGHTS}"))
+    checkpoints = sorted(file.parent for file in root.glob("checkpoints/step-*/trainer.json"))
     if checkpoints:
         return checkpoints[-1]
     raise PairtileError(f"no model in {root}: expected {WEIGHTS} there, in {root}/best or in {root}/checkpoints/step-*")
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu", which: str = "best") -> Encoder:
+def load(
+    path: str | Path, *, device: str | torch.device = "cpu", which: str = "best", allow_targets: bool = False
+) -> Encoder:
     """A trained model, ready to embed images and texts.
 
     Args:
         path: an exported folder, a checkpoint or a run folder.
         device: where to put it.
         which: ``best`` or ``last``, for a run folder.
+        allow_targets: build towers that config.json names by import path. That calls whatever it names: allow it
+            for folders that you trust.
 
     Raises:
-        PairtileError: the folder holds no model, or one of another format.
+        PairtileError: the folder holds no model, one of another format, or one with import paths.
     """
     folder = find_model(path, which)
     try:
         document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PairtileError(f"{folder}/config.json is not readable: {error}") from None
-    if document.get("format") != FORMAT:
-        raise PairtileError(f"{folder}/config.json has format {document.get('format')!r}, expected {FORMAT!r}")
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != FORMAT or not {"model", "data", "text"} <= document.keys():
+        raise PairtileError(f"{folder}/config.json has format {found!r}, expected {FORMAT!r} with model, data and text")
     config: ModelConfig = validate(ModelConfig, document["model"], f"{folder}/config.json")
+    targets = [tower.target for tower in (config.vision, config.text) if tower.target is not None]
+    if targets and not allow_targets:
+        raise PairtileError(
+            f"{folder}/config.json builds a tower by calling {', '.join(targets)}; if you trust it, load with allow_targets=True"
+        )
     # the weights come from the safetensors file: nothing is fetched, and no tower reads another file
     config.vision.pretrained = config.text.pretrained = False
     data = validate(DataConfig, {"root": str(folder), **document["data"]}, f"{folder}/config.json")
     model = DualEncoder(config, **document["text"])
     try:
         model.load_state_dict(load_file(folder / WEIGHTS, device="cpu"))
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise PairtileError(
             f"{folder}/{WEIGHTS} does not fit config.json: {' '.join(str(error).split())[:300]}"
         ) from None

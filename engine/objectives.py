@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels import ClipLoss, SigLipLoss
 from .data import Batch
-from .errors import PairtileError
+from .errors import RecipeError
 from .model import DualOutput
 from .recipe import ObjectiveConfig
 
@@ -59,7 +59,7 @@ class SigLip:
 
     def __call__(self, output: DualOutput, batch: Batch) -> Tensor:
         if output.logit_bias is None:
-            raise PairtileError("objective siglip needs a bias: set model.init_logit_bias (the paper starts at -10)")
+            raise RecipeError("objective siglip needs a bias: set model.init_logit_bias (the paper starts at -10)")
         return self.loss(output.image_features, output.text_features, output.logit_scale, output.logit_bias)
 
 
@@ -77,16 +77,16 @@ def _build(config: ObjectiveConfig, group: dist.ProcessGroup | None) -> Objectiv
     if config.name not in OBJECTIVES:
         near = difflib.get_close_matches(config.name, OBJECTIVES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise PairtileError(f"unknown objective {config.name!r}{hint} (known: {', '.join(sorted(OBJECTIVES))})")
+        raise RecipeError(f"unknown objective {config.name!r}{hint} (known: {', '.join(sorted(OBJECTIVES))})")
     factory = OBJECTIVES[config.name]
     known = [name for name in inspect.signature(factory).parameters if name != "group"]
     for key in config.args:
         if key not in known:
-            raise PairtileError(f"objective {config.name} has no argument {key!r} (its arguments: {', '.join(known)})")
+            raise RecipeError(f"objective {config.name} has no argument {key!r} (its arguments: {', '.join(known)})")
     try:
         return factory(group=group, **config.args)
     except (TypeError, ValueError) as error:
-        raise PairtileError(f"objective {config.name}: {error}") from None
+        raise RecipeError(f"objective {config.name}: {error}") from None
 
 
 def check_objectives(configs: list[ObjectiveConfig]) -> None:

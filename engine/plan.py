@@ -15,22 +15,28 @@ from .data import (
     expand_shards,
     load_tokenizer,
 )
-from .errors import PairtileError
+from .errors import PairtileError, RecipeError
 from .export import build_model
+from .model import DualEncoder
+from .objectives import check_objectives
 from .recipe import Recipe
 from .versions import dump_recipe
 
 
-def check_plan(recipe: Recipe, world_size: int) -> None:
-    """Raise :class:`PairtileError` for what would otherwise fail late, on one rank only, or after hours."""
-    train = recipe.train
-    if train.batch_size % world_size:
-        below = train.batch_size - train.batch_size % world_size
-        nearest = " or ".join(str(size) for size in (below, below + world_size) if size)
-        raise PairtileError(
-            f"train.batch_size {train.batch_size} is not divisible by the {world_size} ranks; take {nearest}, "
+def check_batch(recipe: Recipe, world_size: int) -> None:
+    """Raise :class:`RecipeError` unless every rank gets the same whole number of pairs."""
+    size = recipe.train.batch_size
+    if size % world_size:
+        below = size - size % world_size
+        nearest = " or ".join(str(near) for near in (below, below + world_size) if near)
+        raise RecipeError(
+            f"train.batch_size {size} is not divisible by the {world_size} ranks; take {nearest}, "
             "or start another number of ranks"
         )
+
+
+def check_run_dir(recipe: Recipe) -> None:
+    """Raise :class:`PairtileError` unless the run folder can be made and written to."""
     run_dir = recipe.run_dir
     try:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -60,6 +66,26 @@ def open_split(recipe: Recipe, shards: str | list[str], tokenizer: Tokenizer, *,
     return ShardDataset(shards, config=config, tokenizer=tokenizer, transform=transform, seed=recipe.train.seed)
 
 
+def check_forward(model: DualEncoder, recipe: Recipe) -> None:
+    """Send one blank pair through the towers, so that sizes which do not fit are told before training starts."""
+    vision = recipe.model.vision
+    image = torch.zeros(1, vision.channels, vision.image_size, vision.image_size, dtype=torch.uint8)
+    tokens = torch.zeros(1, recipe.data.context_length, dtype=torch.int64)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(image, tokens, torch.ones_like(tokens, dtype=torch.bool))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise PairtileError(
+            f"a {vision.image_size} x {vision.image_size} image and {recipe.data.context_length} tokens do not pass through "
+            f"the towers of model: {type(error).__name__}: {reason}"
+        ) from None
+    finally:
+        model.train(training)
+
+
 def refused_members(splits: dict[str, ShardDataset]) -> list[str]:
     """One line for each split with shards that hold what cannot be used: truncated tars, unsafe names and types."""
     lines = []
@@ -82,11 +108,13 @@ def total_steps(recipe: Recipe, samples: int) -> int:
 
 def describe_plan(recipe: Recipe, world_size: int) -> str:
     """The text of ``--dry-run``: the resolved recipe, the parameters and what each rank keeps in memory for them."""
-    if recipe.train.batch_size % world_size:
-        check_plan(recipe, world_size)
+    check_objectives(recipe.objectives)
+    check_batch(recipe, world_size)
     dataset, tokenizer = open_training_data(recipe)
+    config = recipe.model.model_copy(deep=True)
+    config.vision.pretrained = config.text.pretrained = False  # sizes alone are wanted
     with torch.device("meta"):
-        model = build_model(recipe.model, recipe.data, tokenizer)
+        model = build_model(config, recipe.data, tokenizer)
     counts = {
         "vision tower": _count(model.vision) + _count(model.vision_projection),
         "text tower": _count(model.text) + _count(model.text_projection),

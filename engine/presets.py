@@ -9,7 +9,7 @@ import copy
 import difflib
 from typing import Any
 
-from .errors import PairtileError
+from .errors import RecipeError
 
 
 def _clip_text(width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -55,10 +55,10 @@ def expand_preset(model: Any) -> Any:
     if not isinstance(model, dict) or model.get("preset") is None:
         return model
     name = model["preset"]
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         near = difflib.get_close_matches(str(name), PRESETS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise PairtileError(f"unknown model.preset {name!r}{hint} (known: {', '.join(PRESETS)})")
+        raise RecipeError(f"unknown model.preset {name!r}{hint} (known: {', '.join(PRESETS)})")
     return deep_merge(PRESETS[name], model)
 
 

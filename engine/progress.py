@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
@@ -33,7 +34,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.console = Console(stderr=False, highlight=False)
-        rewind(folder / METRICS, start_step)
+        rewind(folder / METRICS, "step", start_step)
         self._metrics = (folder / METRICS).open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
         self._bar: Progress | None = None
@@ -100,20 +101,24 @@ class RunLog:
             self._board.close()
 
     def _write(self, line: dict[str, Any], prefix: str, step: int, values: dict[str, float]) -> None:
-        self._metrics.write(json.dumps(line) + "\n")
+        # JSON has no NaN
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+        }
+        self._metrics.write(json.dumps(finite) + "\n")
         self._metrics.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{prefix}/{name}", value, step)
 
 
-def rewind(path: Path, step: int) -> None:
-    """Drop what ``metrics.jsonl`` says of later steps than ``step``, and a last line that was cut off by a kill."""
+def rewind(path: Path, key: str, last: int) -> None:
+    """Drop the lines of a JSONL file whose ``key`` is above ``last``, and one that was cut off by a kill."""
     if not path.is_file():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if json.loads(line)[key] <= last:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue

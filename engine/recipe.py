@@ -1,7 +1,7 @@
 """A recipe: one YAML file that says everything about a training run.
 
 ``load_recipe(path, overrides)`` reads the file, applies ``key=value`` overrides, expands the model preset and
-validates the result. Whatever is wrong comes back as one :class:`PairtileError` line that names the key.
+validates the result. Whatever is wrong comes back as one :class:`RecipeError` line that names the key.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from .data import CaptionChoice, DataConfig
-from .errors import PairtileError
+from .errors import RecipeError
 from .evaluate import ClassificationConfig
 from .presets import expand_preset
 from .strict import StrictModel
 
+BEST_METRICS = ("R@1", "R@5", "R@10", "top1", "top5", "mean_per_class")  # higher is better
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -41,6 +42,15 @@ class VisionConfig(StrictModel):
     channels_last: bool = Field(False, description="memory format of the images; faster for convolutions")
     pretrained: bool = False
     frozen: bool = False
+
+    @model_validator(mode="after")
+    def _pixel_statistics(self) -> VisionConfig:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) < self.channels:
+                raise ValueError(f"{name} has {len(values)} values for {self.channels} channels")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0, got {self.std}")
+        return self
 
     @model_validator(mode="after")
     def _one_source(self) -> VisionConfig:
@@ -154,6 +164,13 @@ class EvalConfig(StrictModel):
     )
     contact_sheet: bool = True
 
+    @field_validator("best")
+    @classmethod
+    def _higher_is_better(cls, value: str | None) -> str | None:
+        if value is not None and value.rsplit("/", 1)[-1] not in BEST_METRICS:
+            raise ValueError(f"must end with one of {', '.join(BEST_METRICS)}, for example val/text_to_image/R@1")
+        return value
+
 
 class Recipe(StrictModel):
     """A whole run."""
@@ -202,22 +219,22 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         overrides: ``dotted.key=value`` strings; the value is read as YAML.
 
     Raises:
-        PairtileError: the file is missing or not YAML, a key is unknown, or a value has the wrong type.
+        RecipeError: the file is missing or not YAML, a key is unknown, or a value has the wrong type.
     """
     file = find_recipe(path)
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PairtileError(f"{file} is not readable as YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{file} is not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise PairtileError(f"{file} holds {type(raw).__name__}, expected a mapping with keys such as {_keys(Recipe)}")
+        raise RecipeError(f"{file} holds {type(raw).__name__}, expected a mapping with keys such as {_keys(Recipe)}")
     for override in overrides or []:
         _apply_override(raw, override)
     return parse_recipe(raw, source=str(file))
 
 
 def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
-    """Validate a recipe given as plain data. Raises :class:`PairtileError` with one line."""
+    """Validate a recipe given as plain data. Raises :class:`RecipeError` with one line."""
     return validate(Recipe, {**raw, "model": expand_preset(raw.get("model"))}, source)
 
 
@@ -226,7 +243,7 @@ def validate(model: type[Any], raw: Any, source: str) -> Any:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise PairtileError(f"{source}: {_explain(model, error)}") from None
+        raise RecipeError(f"{source}: {_explain(model, error)}") from None
 
 
 def find_recipe(path: str | Path) -> Path:
@@ -235,17 +252,17 @@ def find_recipe(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     shipped = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-    raise PairtileError(f"no recipe {path}: neither a file nor one of those that come with pairtile ({shipped})")
+    raise RecipeError(f"no recipe {path}: neither a file nor one of those that come with pairtile ({shipped})")
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     if not separator or not key:
-        raise PairtileError(f"override {override!r} is not of the form dotted.key=value, for example train.lr=0.001")
+        raise RecipeError(f"override {override!r} is not of the form dotted.key=value, for example train.lr=0.001")
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise PairtileError(f"override {override!r}: the value is not readable as YAML") from None
+        raise RecipeError(f"override {override!r}: the value is not readable as YAML") from None
     node: Any = raw
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):
@@ -255,12 +272,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             else _child(node, part)
         )
         if not isinstance(node, dict | list):
-            raise PairtileError(
+            raise RecipeError(
                 f"override {override!r}: {'.'.join(parents[: depth + 1])} is a value, not a group of keys"
             )
     if isinstance(node, list):
         if not last.isdigit() or int(last) >= len(node):
-            raise PairtileError(f"override {override!r}: {'.'.join(parents)} is a list of {len(node)} entries")
+            raise RecipeError(f"override {override!r}: {'.'.join(parents)} is a list of {len(node)} entries")
         node[int(last)] = parsed
     else:
         node[last] = parsed

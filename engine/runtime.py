@@ -80,7 +80,7 @@ def _join(rank: int, local_rank: int, world_size: int, backend: str, timeout_min
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(local_rank), WORLD_SIZE=str(world_size))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     extensions = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_directory() / "extensions")))
     clear_stale_build_locks(extensions)
     import deepspeed
@@ -123,7 +123,8 @@ def seed_step(seed: int, rank: int, batch_index: int) -> None:
     torch.manual_seed(state)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

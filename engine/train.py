@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,30 @@ from .checkpoint import (
 )
 from .data import Batch, build_loader
 from .deepspeed_config import deepspeed_config
-from .errors import PairtileError
-from .evaluation import evaluate_model, headline, open_splits
+from .errors import PairtileError, RecipeError
+from .evaluation import RESULTS, evaluate_model, headline, open_splits
 from .export import build_model, write_model_folder
 from .guard import GradientGuard
 from .model import DualEncoder, DualOutput
 from .objectives import WeightedSum, check_objectives
 from .optimizer import build_optimizer, learning_rate
-from .plan import check_plan, describe_plan, open_training_data, refused_members, total_steps
-from .progress import RunLog
+from .plan import (
+    check_batch,
+    check_forward,
+    check_run_dir,
+    describe_plan,
+    open_training_data,
+    refused_members,
+    total_steps,
+)
+from .progress import RunLog, rewind
 from .recipe import Recipe, load_recipe
 from .runtime import Runtime, environment_rank, seed_step, start
 from .statistics import in_batch_accuracy
 from .versions import write_config
+
+SKIPPED = "skipped.jsonl"
+BAD_BATCHES = "bad_batches.jsonl"
 
 
 @dataclass(frozen=True)
@@ -59,14 +71,20 @@ class TrainResult:
 
 
 def train(recipe: Recipe) -> TrainResult:
-    """Run a recipe in this process, as one rank of however many were started.
+    """Run a recipe in this process, as one rank of however many were started. SIGTERM makes it save and return.
 
     Raises:
         PairtileError: something in the recipe, the data or the file system has to be mended by a person.
     """
-    _, _, world_size = environment_rank()
+    with termination_requested() as requested:
+        return _train(recipe, requested)
+
+
+def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
+    # What can be wrong is found before anything is started.
     check_objectives(recipe.objectives)
-    check_plan(recipe, world_size)
+    check_batch(recipe, environment_rank()[2])
+    check_run_dir(recipe)
     dataset, tokenizer = open_training_data(recipe)
     splits = open_splits(recipe, tokenizer)
     runtime = start(recipe.train.threads)
@@ -74,6 +92,7 @@ def train(recipe: Recipe) -> TrainResult:
     # The model. Every rank draws the same weights from the seed; DeepSpeed broadcasts those of rank 0 all the same.
     torch.manual_seed(recipe.train.seed)
     model = build_model(recipe.model, recipe.data, tokenizer)
+    check_forward(model, recipe)
     if recipe.train.activation_checkpointing:
         model.enable_activation_checkpointing()
     objective = WeightedSum(recipe.objectives, runtime.group)
@@ -90,13 +109,15 @@ def train(recipe: Recipe) -> TrainResult:
         recipe.train.seed,
         len(dataset),
     )
-    source = find_source(checkpoints, layout, runtime, resume=recipe.resume == "auto")
+    source = find_source(run_dir, layout, model.config, runtime, resume=recipe.resume == "auto")
     engine = initialize(model.to(runtime.device), recipe, runtime, universal=source.universal)
     load_checkpoint(source, engine)
     state = source.state
     describe = {"model": model.config, "data": recipe.data, "tokenizer": tokenizer}
     if runtime.is_main:
         write_config(recipe, run_dir / "config.yaml", runtime.world_size)
+        for listing in (SKIPPED, BAD_BATCHES):
+            rewind(run_dir / listing, "batch", state.batch_index - 1)
     log = RunLog(run_dir, total_steps=steps, start_step=state.step, enabled=runtime.is_main)
     for line in refused_members({"train": dataset, **splits}):
         log.say(line)
@@ -109,21 +130,18 @@ def train(recipe: Recipe) -> TrainResult:
         )
     )  # fmt: skip
 
-    def save() -> None:
-        save_checkpoint(checkpoints, engine, state, layout, runtime, describe, recipe.train.keep_last)
-
     def evaluate() -> dict[str, float]:
         folder = run_dir / "eval" / f"step-{state.step:08d}"
         _, metrics = evaluate_model(model, splits, recipe.eval, runtime, folder, precision=recipe.train.precision)
         log.evaluation(state.step, metrics)
         log.say(headline(metrics))
-        keep_best(recipe, metrics, state, engine, runtime, describe)
+        keep_best(recipe, metrics, state.step, engine, runtime, describe)
         return metrics
 
     # The loop: one turn is one optimiser step.
     metrics: dict[str, float] = {}
     bad_in_a_row, interrupted = 0, False
-    with termination_requested() as requested:
+    with closing(log):
         while state.step < steps and not interrupted:
             began = time.perf_counter()
             logged = is_due(state.step + 1, recipe.train.log_every) or state.step + 1 == steps
@@ -163,21 +181,22 @@ def train(recipe: Recipe) -> TrainResult:
             log.advance(state.step, recipe.train.batch_size * recipe.train.accumulation)
             if logged:
                 log.train(state.step, statistics(losses, output, norm, lr, runtime))
-            last = state.step == steps or interrupted
+            last = state.step == steps
             log.pause()
-            # evaluation first: its outcome (the best score so far) belongs into the checkpoint
-            if splits and not interrupted and (last or is_due(state.step, recipe.train.eval_every)):
+            if last or interrupted or is_due(state.step, recipe.train.save_every):
+                save_checkpoint(checkpoints, engine, state, layout, runtime, describe, recipe.train.keep_last)
+            if splits and not last and not interrupted and is_due(state.step, recipe.train.eval_every):
                 metrics = evaluate()
-            if last or is_due(state.step, recipe.train.save_every):
-                save()
             log.go_on()
 
-    if interrupted:
-        log.say(f"asked to stop: saved step {state.step} of {steps}; the same command goes on from here")
-    if state.skipped_samples:
-        log.say(f"samples left out, by reason (rank 0; all in {run_dir}/skipped.jsonl): {state.skipped_samples}")
-    log.close()
-    runtime.barrier()
+        # The last evaluation stands outside the loop: a run that was killed during it makes up for it.
+        if splits and state.step == steps and not (run_dir / "eval" / f"step-{steps:08d}" / RESULTS).is_file():
+            metrics = evaluate()
+        if interrupted:
+            log.say(f"asked to stop: saved step {state.step} of {steps}; the same command goes on from here")
+        if state.skipped_samples:
+            log.say(f"samples left out, by reason (rank 0; all in {run_dir / SKIPPED}): {state.skipped_samples}")
+        runtime.barrier()
     return TrainResult(run_dir, state.step, interrupted, metrics)
 
 
@@ -188,7 +207,16 @@ def initialize(model: DualEncoder, recipe: Recipe, runtime: Runtime, *, universa
     config = deepspeed_config(recipe, runtime.world_size)
     if universal:
         config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, recipe.train), config=config)
+    optimizer = build_optimizer(model, recipe.train)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    except Exception as error:
+        if not recipe.deepspeed:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise PairtileError(
+            f"DeepSpeed refuses the configuration with the recipe's deepspeed block: {reason}"
+        ) from None
     return engine
 
 
@@ -220,7 +248,7 @@ def report_bad_batch(
     if runtime.rank not in culprits:
         return
     where = {"step": state.step + 1, "batch": batch.batch_index, "rank": runtime.rank}
-    append_line(run_dir / "bad_batches.jsonl", {**where, "what": what, "keys": batch.keys})
+    append_line(run_dir / BAD_BATCHES, {**where, "what": what, "keys": batch.keys})
     shown = ", ".join(batch.keys[:8]) + (", ..." if len(batch.keys) > 8 else "")
     place = f"rank {runtime.rank}, step {state.step + 1}, batch {batch.batch_index}"
     print(f"{place}: {what} (keys: {shown})", file=sys.stderr, flush=True)
@@ -230,7 +258,7 @@ def stop_if_hopeless(bad_in_a_row: int, recipe: Recipe, state: TrainerState) -> 
     if bad_in_a_row >= recipe.train.max_bad_batches:
         raise PairtileError(
             f"stopped after step {state.step}: loss or gradients were not finite for {bad_in_a_row} batches in a row "
-            f"(train.max_bad_batches); they are listed in {recipe.run_dir}/bad_batches.jsonl. Lower train.lr or raise "
+            f"(train.max_bad_batches); they are listed in {recipe.run_dir / BAD_BATCHES}. Lower train.lr or raise "
             "train.warmup_steps; checkpoints are intact"
         )
 
@@ -239,7 +267,7 @@ def count_skipped(batch: Batch, state: TrainerState, run_dir: Path) -> None:
     """Keep count of samples that could not be used, and list them in ``skipped.jsonl``."""
     for key, reason in batch.skipped:
         state.skipped_samples[reason] = state.skipped_samples.get(reason, 0) + 1
-        append_line(run_dir / "skipped.jsonl", {"batch": batch.batch_index, "key": key, "reason": reason})
+        append_line(run_dir / SKIPPED, {"batch": batch.batch_index, "key": key, "reason": reason})
 
 
 def append_line(path: Path, entry: dict[str, Any]) -> None:
@@ -283,23 +311,32 @@ def statistics(
 
 
 def keep_best(
-    recipe: Recipe,
-    metrics: dict[str, float],
-    state: TrainerState,
-    engine: Any,
-    runtime: Runtime,
-    describe: dict[str, Any],
+    recipe: Recipe, metrics: dict[str, float], step: int, engine: Any, runtime: Runtime, describe: dict[str, Any]
 ) -> None:
-    """Keep the weights of the best evaluation so far in ``best/``. Every rank must call it."""
-    name = recipe.eval.best or next((key for key in metrics if key.endswith("/text_to_image/R@1")), None)
+    """Keep the weights of the best evaluation so far in ``best/``. Every rank must call it.
+
+    ``best/score.json`` holds the score, so that it belongs to the weights beside it whatever happened since.
+    """
+    name = recipe.eval.best or next(key for key in metrics if key.endswith("/text_to_image/R@1"))
     if name not in metrics:
         raise PairtileError(f"eval.best is {name!r}, which was not measured (measured: {', '.join(metrics)})")
-    if state.best is not None and metrics[name] <= state.best:
+    folder = recipe.run_dir / "best"
+    score = folder / "score.json"
+    saved = json.loads(score.read_text()) if score.is_file() else {}
+    # a later step than this one: the run was killed and does those steps again
+    known = saved.get("metric") == name and saved.get("step", step) < step
+    better = not known or metrics[name] > saved["value"]
+    runtime.barrier()  # every rank has read what rank 0 may now replace
+    if not better or not math.isfinite(metrics[name]):
         return
-    state.best = metrics[name]
     weights = full_state_dict(engine.module, runtime)
+
+    def write(target: Path) -> None:
+        write_model_folder(target, weights=weights, **describe)
+        (target / score.name).write_text(json.dumps({"metric": name, "value": metrics[name], "step": step}))
+
     if runtime.is_main:
-        replace_folder(recipe.run_dir / "best", lambda folder: write_model_folder(folder, weights=weights, **describe))
+        replace_folder(folder, write)
     runtime.barrier()
 
 
@@ -328,18 +365,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dry-run", action="store_true", help="print the resolved recipe, parameters and memory; train nothing"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     # torch renames collectives under DeepSpeed's and our feet; not the user's to mend
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    rank = os.environ.get("RANK", "0")
     try:
         recipe = load_recipe(arguments.recipe, arguments.overrides)
-        if arguments.dry_run:
+        if not arguments.dry_run:
+            train(recipe)
+        elif rank == "0":
             print(describe_plan(recipe, environment_rank()[2]))
-            return 0
-        train(recipe)
-    except PairtileError as error:
-        if os.environ.get("RANK", "0") == "0":
+    except RecipeError as error:
+        if rank == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except PairtileError as error:
+        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

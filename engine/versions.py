@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -29,7 +30,9 @@ def write_config(recipe: Recipe, path: Path, world_size: int) -> None:
     """Write ``config.yaml``: a recipe that can be trained again, with what it ran on as comments above it."""
     found = {"python": platform.python_version(), **versions(), "git": git_revision(), "world_size": world_size}
     head = "".join(f"# {name}: {value}\n" for name, value in found.items())
-    path.write_text(head + dump_recipe(recipe), encoding="utf-8")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(head + dump_recipe(recipe), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -30,7 +30,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Serve every operator called inside the block by one backend.
 
     Blocks nest, the innermost wins, and each thread or asyncio task has its own choice. An operator keeps the
-    backend of its forward for its backward, also when that runs after the block.
+    backend of its forward for its backward, also when that runs after the block. Activation checkpointing runs
+    the forward a second time, in the backward: that choice is taken anew, so the backward belongs in the block too.
 
     Args:
         name: "torch" or "reference".

@@ -6,8 +6,8 @@ the flags, the compiler and the processor (home directories are shared between u
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
 import logging
@@ -19,7 +19,6 @@ import subprocess
 import sysconfig
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,7 +40,7 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pairtile"
 
 
-@contextmanager
+@contextlib.contextmanager
 def exclusive_build(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """Let one process at a time build extensions under `directory`, and clear what a killed one left behind.
 
@@ -56,6 +55,8 @@ def exclusive_build(directory: str | os.PathLike[str]) -> Iterator[Path]:
     Yields:
         The directory.
     """
+    import fcntl  # here and not above: Windows has none, and the torch backend serves there too
+
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     with open(root / _GUARD, "a") as handle:
@@ -66,11 +67,14 @@ def exclusive_build(directory: str | os.PathLike[str]) -> Iterator[Path]:
             inner = [parent for parent in lock.parents if root in parent.parents]
             if all(_is_free(parent / _GUARD) for parent in inner) and _is_free(lock):
                 _log.info("removing the build lock %s, which no living process holds", lock)
-                lock.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a tree that others own; torch waits there as it always did
+                    lock.unlink()
         yield root
 
 
 def _try_lock(descriptor: int) -> bool:
+    import fcntl
+
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -85,6 +89,8 @@ def _is_free(lock: Path) -> bool:
             return _try_lock(handle.fileno())
     except FileNotFoundError:
         return True
+    except OSError:  # a directory of that name, or another person's file: none of ours to judge
+        return False
 
 
 def sources() -> list[Path]:
@@ -185,14 +191,15 @@ def build(*, verbose: bool = False) -> Path | None:
         if lacking is not None:
             _warn_once(f"pairtile's C++ operators are not built: {lacking}. The torch backend serves meanwhile.")
             return None
-        try:
-            library = _compile(verbose)
-        except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-            # The compiler's last words are the ones that matter; its whole log can be thousands of lines.
-            last_words = str(error)[-2000:]
-            _warn_once(f"pairtile's C++ operators failed to build; the torch backend serves meanwhile. {last_words}")
-            return None
-    load_library(library)
+    try:
+        library = library or _compile(verbose)
+        load_library(library)
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        # The compiler's last words are the ones that matter; its whole log can be thousands of lines.
+        last_words = str(error)[-2000:]
+        failed = "failed to build" if library is None else f"({library}) failed to load"
+        _warn_once(f"pairtile's C++ operators {failed}; the torch backend serves meanwhile. {last_words}")
+        return None
     return library
 
 

@@ -91,7 +91,10 @@ def _extension() -> tuple[str, dict[str, str]]:
     if library is None:
         lacking = missing_tool()
         return (f"cannot be built: {lacking}" if lacking else "not built yet (pairtile.kernels.build() does it)"), {}
-    load_library(library)
+    try:
+        load_library(library)
+    except OSError as error:
+        return f"{library} cannot be loaded: {error}", {}
     return str(library), dict(torch.ops.pairtile.cpu_features())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -92,6 +93,8 @@ class _CountFrom:
 def _start_worker(_: int) -> None:
     # One thread each: the workers are the parallelism. Tokenizers would refuse threads after a fork anyway.
     torch.set_num_threads(1)
+    # Whoever stops a run signals the whole group; the trainer decides when its workers end.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

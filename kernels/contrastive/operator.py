@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends import select_backend
-from . import reference, torch_backend
+from . import reference, torch_backend, torch_compiled
 from .reductions import LogSumExp, PairScore, Reduction, SoftplusSum
 
 #: Bytes of working memory when the caller names none.
@@ -81,7 +81,8 @@ def similarity_reduce(
         if backend == "reference":
             results = reference.similarity_reduce(x.to(dtype), y.to(dtype), scale_tensor, bias_tensor, rows, cols)
         else:
-            results = torch_backend.similarity_reduce(x, y, scale_tensor, bias_tensor, rows, cols, budget)
+            serve = torch_compiled if torch.compiler.is_compiling() else torch_backend
+            results = serve.similarity_reduce(x, y, scale_tensor, bias_tensor, rows, cols, budget)
     return results[: len(rows)], results[len(rows) :]
 
 
@@ -102,10 +103,11 @@ def _check_features(x: Tensor, y: Tensor) -> None:
 
 
 def _checked_reductions(reductions: Sequence[Reduction], name: str) -> tuple[Reduction, ...]:
-    for reduction in reductions:
+    checked = tuple(reductions)
+    for reduction in checked:
         if not isinstance(reduction, (LogSumExp, SoftplusSum, PairScore)):
             raise TypeError(f"{name} holds {reduction!r}: expected LogSumExp(...), SoftplusSum(...) or PairScore(...)")
-    return tuple(reductions)
+    return checked
 
 
 def _scalar(value: float | Tensor, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -32,7 +32,7 @@ def _tiling(n: int, m: int, d: int, dtype: torch.dtype, converted: bool, budget:
         columns = min(columns, max(_LEAST_TILE_ROWS, budget // (4 * size * max(1, d))))
     fixed = columns * d * size if converted else 0
     # Beside the scores and a panel: the rows' features, the product that becomes dx, and its product with x.
-    per_row = size * (columns + columns // _PANELS_PER_TILE + 3 * d)
+    per_row = max(1, size * (columns + columns // _PANELS_PER_TILE + 3 * d))
     # Half the budget is for what torch and the BLAS below it allocate themselves, packed operands above all.
     rows = max(_LEAST_TILE_ROWS, (budget // 2 - fixed) // per_row)
     return max(1, min(n, rows)), columns
@@ -98,6 +98,45 @@ def _to_weights(panel: Panel, scratch: Tensor, gradients: list[Any]) -> None:
             gradient.apply_(panel)
 
 
+def forward_results(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: list[tuple[int, Reduction]], budget: int
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The result of each (dimension, reduction) of the plan, and what its backward needs to know."""
+    states = [STATES[type(each)](each, dim, (x if dim == 1 else y).shape[0], scale) for dim, each in plan]
+    for state in states:
+        if not state.dense:
+            state.fill(x, y, scale, bias, budget)
+    dense = [state for state in states if state.dense]
+    sweep = _Sweep(x, y, scale, bias, budget)
+    for block in sweep.row_blocks() if dense else ():
+        for tile, _ in sweep.tiles(block, x[block].to(scale.dtype)):
+            for panel, scratch in sweep.panels(tile):
+                for state in dense:
+                    state.update(panel, scratch)
+    statistics = [state.statistics() for state in states]
+    return [state.result() for state in states], statistics
+
+
+def backward_results(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    plan: list[tuple[int, Reduction]],
+    statistics: list[list[Tensor]],
+    grads: list[Tensor],
+    budget: int,
+    needed: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, y, scale and bias; None where not needed."""
+    gradients = [
+        GRADIENTS[type(reduction)](reduction, dim, grad, known)
+        for (dim, reduction), grad, known in zip(plan, grads, statistics, strict=True)
+    ]
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        return _backward_sweep(_Sweep(x, y, scale, bias, budget), gradients, needed)
+
+
 class _SimilarityReduce(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -106,41 +145,25 @@ class _SimilarityReduce(torch.autograd.Function):
         y: Tensor,
         scale: Tensor,
         bias: Tensor | None,
-        rows: tuple[Reduction, ...],
-        cols: tuple[Reduction, ...],
+        plan: list[tuple[int, Reduction]],
         budget: int,
     ) -> tuple[Tensor, ...]:
-        states = [STATES[type(reduction)](reduction, 1, x.shape[0], scale) for reduction in rows]
-        states += [STATES[type(reduction)](reduction, 0, y.shape[0], scale) for reduction in cols]
-        for state in states:
-            if not state.dense:
-                state.fill(x, y, scale, bias, budget)
-        dense = [state for state in states if state.dense]
-        sweep = _Sweep(x, y, scale, bias, budget)
-        for block in sweep.row_blocks() if dense else ():
-            for tile, _ in sweep.tiles(block, x[block].to(scale.dtype)):
-                for panel, scratch in sweep.panels(tile):
-                    for state in dense:
-                        state.update(panel, scratch)
-        statistics = [state.statistics() for state in states]
+        results, statistics = forward_results(x, y, scale, bias, plan, budget)
         ctx.save_for_backward(x, y, scale, bias, *(tensor for each in statistics for tensor in each))
-        ctx.plan = (rows, cols, [len(each) for each in statistics], budget)
-        return tuple(state.result() for state in states)
+        ctx.plan = (plan, [len(each) for each in statistics], budget)
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale, bias, *saved = ctx.saved_tensors
-        rows, cols, counts, budget = ctx.plan
-        statistics, reductions = iter(saved), [(1, each) for each in rows] + [(0, each) for each in cols]
-        gradients = [
-            GRADIENTS[type(reduction)](reduction, dim, grad, [next(statistics) for _ in range(count)])
-            for (dim, reduction), grad, count in zip(reductions, grads, counts, strict=True)
-        ]
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            results = _backward_sweep(_Sweep(x, y, scale, bias, budget), gradients, ctx.needs_input_grad)
+        plan, counts, budget = ctx.plan
+        remaining = iter(saved)
+        statistics = [[next(remaining) for _ in range(count)] for count in counts]
+        needed = ctx.needs_input_grad
+        results = backward_results(x, y, scale, bias, plan, statistics, list(grads), budget, needed)
         if torch.is_grad_enabled():
             results = _DifferentiatedOnce.apply(*results, x, y, scale, bias, *grads)
-        return *results, None, None, None
+        return *results, None, None
 
 
 def _backward_sweep(sweep: _Sweep, gradients: list[Any], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
@@ -196,5 +219,6 @@ def similarity_reduce(
     budget: int,
 ) -> tuple[Tensor, ...]:
     """Row results, then column results; scale and bias in the accumulation dtype."""
-    results: tuple[Tensor, ...] = _SimilarityReduce.apply(x, y, scale, bias, rows, cols, budget)
+    plan = [(1, each) for each in rows] + [(0, each) for each in cols]
+    results: tuple[Tensor, ...] = _SimilarityReduce.apply(x, y, scale, bias, plan, budget)
     return results

@@ -41,10 +41,11 @@ class ContrastiveLoss(nn.Module):
     def _shards(self, image_features: Tensor, text_features: Tensor, *travelling: Tensor) -> Shards:
         """Check the batch and agree with the other ranks on how `travelling`, the gathered tensors, lie."""
         for name, features in (("image_features", image_features), ("text_features", text_features)):
+            if not isinstance(features, Tensor) or features.dtype not in FEATURE_DTYPES:
+                given = features.dtype if isinstance(features, Tensor) else type(features).__name__
+                raise TypeError(f"{name} is {given}: expected a float16, bfloat16, float32 or float64 tensor")
             if features.dim() != 2:
                 raise ValueError(f"{name} has shape {list(features.shape)}: expected [batch, features]")
-            if features.dtype not in FEATURE_DTYPES:
-                raise TypeError(f"{name} is {features.dtype}: expected float16, bfloat16, float32 or float64")
         if image_features.shape != text_features.shape:
             raise ValueError(
                 f"image_features {list(image_features.shape)} and text_features {list(text_features.shape)} "

@@ -106,9 +106,10 @@ def _cross_entropies(images: Tensor, texts: Tensor, scale: float | Tensor, shard
         all_images, all_texts = gather_rows(shards, images, texts)
         by_image, _ = similarity_reduce(images, all_texts, scale=scale, rows=asked)
         by_text, _ = similarity_reduce(texts, all_images, scale=scale, rows=asked)
-    return (_softplus(by_image[0] - by_image[1]) + _softplus(by_text[0] - by_text[1])) / 2
+    return (_cross_entropy(*by_image) + _cross_entropy(*by_text)) / 2
 
 
-def _softplus(margin: Tensor) -> Tensor:
-    # F.softplus turns linear above a threshold, with a relative error of 1e-10 that float64 would show.
-    return -F.logsigmoid(-margin)
+def _cross_entropy(others: Tensor, own: Tensor) -> Tensor:
+    # F.softplus turns linear above a threshold, with a relative error of 1e-10 that float64 would show. The last
+    # term is 0, or NaN where the pair's score is infinite: softplus(-inf) = 0 would hide that.
+    return -F.logsigmoid(own - others) + 0 * own

@@ -132,12 +132,35 @@ def test_errors_say_what_is_missing(trained, tmp_path):
     (tmp_path / "full" / "file").touch()
     with pytest.raises(PairtileError, match="is not empty"):
         export(trained.run_dir, tmp_path / "full")
+    (tmp_path / "damaged").mkdir()
+    for file in find_model(trained.run_dir, "last").iterdir():
+        if file.is_file():
+            (tmp_path / "damaged" / file.name).write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(PairtileError, match=r"config\.json is not readable"):
+        load(tmp_path / "damaged")
     broken = export(trained.run_dir, tmp_path / "broken")
     (broken / "config.json").write_text('{"format": "other"}')
     with pytest.raises(PairtileError, match="format 'other'"):
         load(broken)
     with pytest.raises(PairtileError, match="no model in"):
         find_model(tmp_path / "nosuch")
+    cut = export(trained.run_dir, tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(PairtileError, match=r"does not fit config\.json"):
+        load(cut)
+
+
+def test_loading_calls_nothing_that_a_configuration_names(trained, tmp_path):
+    folder = export(trained.run_dir, tmp_path / "model")
+    document = json.loads((folder / "config.json").read_text())
+    trace = tmp_path / "trace"
+    target = {"target": "os:system", "model": None, "args": {"command": f"touch {trace}"}, "out_dim": 8}
+    document["model"]["vision"] |= target
+    (folder / "config.json").write_text(json.dumps(document))
+    with pytest.raises(PairtileError, match="calling os:system; if you trust it, load with allow_targets=True"):
+        load(folder)
+    assert not trace.exists()
 
 
 def test_command_line_errors_are_one_line_with_exit_code_2(tmp_path):

@@ -1,5 +1,6 @@
 """The ways people start and stop a run: deepspeed, torchrun, python; SIGTERM; kill -9."""
 
+import contextlib
 import json
 import os
 import random
@@ -74,6 +75,25 @@ def test_sigterm_saves_and_exits_0(write_recipe, tmp_path):
     saved = list_checkpoints(folder / "checkpoints")
     assert len(saved) == 1
     assert saved[0].name == f"step-{max(losses(folder)):08d}"
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_command_reaches_the_ranks_and_their_loader_workers(write_recipe, tmp_path):
+    path, folder = write_recipe(**{"train.steps": 100_000, "data.workers": 1}), tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pairtile.engine", "train", str(path), "--ranks", "2"],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: logged_steps(folder) >= 2, process)
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, printed
+    assert "asked to stop: saved step" in printed
+    assert len(list_checkpoints(folder / "checkpoints")) == 1
 
 
 @pytest.mark.slow

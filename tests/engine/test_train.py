@@ -3,12 +3,14 @@
 import io
 import json
 import math
+import pickle
 import shutil
 import tarfile
 from itertools import pairwise
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -54,6 +56,95 @@ def test_resume_continues_the_curve_bit_for_bit(tiny, tmp_path):
     train(recipe)
     assert losses(recipe.run_dir) == losses(whole.run_dir)
     assert not list((recipe.run_dir / "checkpoints").glob(".partial-*"))
+
+
+def test_a_kill_in_the_last_evaluation_is_made_up_for(tiny):
+    recipe = parse_recipe(tiny())
+    folder = train(recipe).run_dir
+    # as the kill leaves it: everything saved, nothing evaluated
+    shutil.rmtree(folder / "eval")
+    shutil.rmtree(folder / "best")
+    result = train(recipe)
+    assert "unseen/text_to_image/R@1" in result.metrics
+    score = json.loads((folder / "best" / "score.json").read_text())
+    assert (score["metric"], score["step"]) == ("unseen/text_to_image/R@1", 4)
+
+
+def test_best_is_kept_and_replaced_only_by_better(tiny):
+    result = train(parse_recipe(tiny(**{"train.steps": 12, "train.eval_every": 2})))
+    lines = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    scores = {line["step"]: line["unseen/text_to_image/R@1"] for line in lines if line["kind"] == "eval"}
+    assert sorted(scores) == [2, 4, 6, 8, 10, 12]
+    kept = json.loads((result.run_dir / "best" / "score.json").read_text())
+    assert kept["value"] == max(scores.values())
+    assert kept["step"] == min(step for step, value in scores.items() if value == max(scores.values()))
+
+
+def test_starting_afresh_moves_the_earlier_run_away(tiny):
+    train(parse_recipe(tiny()))
+    result = train(parse_recipe(tiny(resume="never", **{"train.seed": 5, "train.steps": 2})))
+    assert sorted(losses(result.run_dir)) == [1, 2]
+    assert sorted(losses(result.run_dir / "previous-1")) == [1, 2, 3, 4]
+    assert [path.name for path in list_checkpoints(result.run_dir / "checkpoints")] == ["step-00000002"]
+    # and the new run is what goes on from here
+    assert sorted(losses(train(parse_recipe(tiny(**{"train.seed": 5, "train.steps": 3}))).run_dir)) == [1, 2, 3]
+
+
+def test_resume_refuses_another_model(tiny):
+    train(parse_recipe(tiny()))
+    with pytest.raises(PairtileError, match=r"model\.embed_dim was 32 and is 16 now"):
+        train(parse_recipe(tiny(**{"model.embed_dim": 16})))
+    with pytest.raises(PairtileError, match=r"model\.text\.frozen was False and is True now"):
+        train(parse_recipe(tiny(**{"model.text.frozen": True})))
+
+
+def test_a_checkpoint_that_was_being_removed_is_no_obstacle(tiny):
+    recipe = parse_recipe(tiny(**{"train.save_every": 2}))
+    folder = train(parse_recipe(tiny(**{"train.save_every": 2, "train.steps": 2}))).run_dir / "checkpoints"
+    (folder / "step-00000004").mkdir()
+    (folder / "step-00000004" / "model.safetensors").touch()
+    train(recipe)
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000002", "step-00000004"]
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(tiny, monkeypatch):
+    from pairtile.engine import checkpoint
+
+    train(parse_recipe(tiny(**{"train.steps": 2})))
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_model_folder", full)
+    with pytest.raises(PairtileError, match="No space left on device; make room or set another output") as caught:
+        train(parse_recipe(tiny()))
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert train(parse_recipe(tiny())).step == 4
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (
+            {"gradient_accumulation_steps": 4},
+            "deepspeed.gradient_accumulation_steps is set by the trainer: set train.accumulation",
+        ),
+        ({"zero_optimization": {"stage": 3}}, "set train.zero_stage"),
+        ({"optimizer": {"type": "Adam"}}, "set train.lr"),
+        ({"bf16": {"enabled": True}}, "set train.precision"),
+        ({"zero_optimization": {"reduce_bucket_sise": 3}}, "DeepSpeed refuses"),
+    ],
+)
+def test_deepspeed_block(tiny, block, expected):
+    with pytest.raises(PairtileError, match=expected) as caught:
+        train(parse_recipe(tiny(deepspeed=block, **{"train.zero_stage": 2})))
+    assert "\n" not in str(caught.value)
+
+
+def test_deepspeed_block_is_passed_through_with_numbers_as_people_write_them(tiny):
+    block = {"zero_optimization": {"reduce_bucket_size": "5e5"}}
+    assert train(parse_recipe(tiny(deepspeed=block, **{"train.zero_stage": 2}))).step == 4
 
 
 def test_a_finished_run_does_nothing_more(tiny):
@@ -150,8 +241,6 @@ class NanWhenDark(nn.Module):
 
 def with_dark_images(shards, target, every):
     """A copy of the data set in which one image in ``every`` is black."""
-    from PIL import Image
-
     black = io.BytesIO()
     Image.new("L", (16, 16), 0).save(black, "PNG")
     target.mkdir()
@@ -245,6 +334,64 @@ def test_bad_samples_are_counted_and_listed(tiny, glyph_shards, tmp_path):
     assert state.skipped_samples == {"undecodable image": 1}
 
 
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def hostile_shards(folder, shards, trace):
+    """Real samples of the data set with everything wrong that people meet, and a second shard that ends too soon."""
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_bytes((shards / "tokenizer.json").read_bytes())
+    with tarfile.open(shards / "train-000000.tar") as old:
+        good = [(member.name, old.extractfile(member).read()) for member in old if member.isfile()][:400]
+    wide = io.BytesIO()
+    Image.new("L", (20_000, 20)).save(wide, "PNG")
+    picture = next(data for name, data in good if name.endswith(".png"))
+    extra = [
+        ("undecodable.png", b"\x89PNG not a picture"), ("undecodable.txt", b"LATIN SMALL LETTER A"),
+        ("silent.png", picture), ("silent.txt", b"  "),
+        ("lonely.txt", b"LATIN SMALL LETTER B"),
+        ("wide.png", wide.getvalue()), ("wide.txt", b"LATIN SMALL LETTER C"),
+        ("../../escaped.png", picture), ("../../escaped.txt", b"LATIN SMALL LETTER D"),
+        ("pickled.png", picture), ("pickled.txt", b"LATIN SMALL LETTER E"), ("pickled.pickle", pickle.dumps(Bomb(trace))),
+        ("pickled.pyd", b"MZ"),
+    ]  # fmt: skip
+    for name, members in (("train-000000.tar", good[:300] + extra), ("train-000001.tar", good[300:])):
+        with tarfile.open(folder / name, "w") as tar:
+            for member, data in members:
+                header = tarfile.TarInfo(member)
+                header.size = len(data)
+                tar.addfile(header, io.BytesIO(data))
+    whole = (folder / "train-000001.tar").read_bytes()
+    (folder / "train-000001.tar").write_bytes(whole[: len(whole) * 2 // 3])
+    return folder
+
+
+def test_training_goes_on_beside_hostile_inputs(tiny, glyph_shards, tmp_path, capsys):
+    data = hostile_shards(tmp_path / "inner" / "data", glyph_shards, tmp_path / "executed")
+    changes = {"data.root": str(data), "data.val": {}, "train.steps": None, "train.epochs": 3.0}
+    result = train(parse_recipe(tiny(**changes)))
+    assert all(math.isfinite(loss) for loss in losses(result.run_dir).values())
+    printed = capsys.readouterr().out
+    for reason in ("truncated tar", "unsafe path", "unsafe file type"):
+        assert reason in printed
+    listed = [json.loads(line) for line in (result.run_dir / "skipped.jsonl").read_text().splitlines()]
+    found = {(entry["key"].rsplit("/", 1)[-1], entry["reason"]) for entry in listed}
+    print(found)
+    reasons = {reason for _, reason in found}
+    assert {"undecodable image", "empty caption", "missing member", "image too large"} <= reasons
+    state, _ = read_trainer_state(list_checkpoints(result.run_dir / "checkpoints")[-1])
+    assert sum(state.skipped_samples.values()) == len(listed)
+    assert not (tmp_path / "executed").exists()
+    assert not list(tmp_path.rglob("escaped*"))
+
+
 def test_dry_run_prints_recipe_parameters_and_memory_and_trains_nothing(write_recipe, tmp_path, capsys):
     assert main([str(write_recipe()), "train.zero_stage=3", "--dry-run"]) == 0
     printed = capsys.readouterr().out
@@ -264,6 +411,14 @@ def test_dry_run_prints_recipe_parameters_and_memory_and_trains_nothing(write_re
         (["eval.splits=[nosuch]"], "eval.splits names 'nosuch'"),
         (["output=/proc/nosuch"], "cannot write to the run folder /proc/nosuch"),
         (["train.batch_size=100000"], "100000"),
+        (["eval.best=nosuch/text_to_image/R@1"], "eval.best is 'nosuch/text_to_image/R@1'"),
+        (["eval.best=unseen/text_to_image/median_rank"], "eval.best: must end with one of R@1"),
+        (
+            ["model.vision={target: 'torch.nn:Flatten', out_dim: 9, image_size: 16, channels: 1}"],
+            "do not pass through the towers",
+        ),
+        (["model.preset=[1]"], "unknown model.preset [1]"),
+        (["model.vision.mean=[]"], "model.vision: mean has 0 values for 1 channels"),
     ],
 )
 def test_what_a_person_can_mend_is_one_line_and_exit_code_2(write_recipe, capsys, overrides, expected):
@@ -302,5 +457,5 @@ def test_vectors_do_not_decay():
 def test_metrics_are_rewound_and_half_a_line_is_dropped(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    rewind(file, 2)
+    rewind(file, "step", 2)
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -86,6 +86,7 @@ class Blocker:
             raise ModuleNotFoundError(f"{name} is blocked", name=name)
 sys.meta_path.insert(0, Blocker())
 import torch
+sys.modules["fcntl"] = None  # Windows has none
 start = time.perf_counter()
 import pairtile.kernels
 seconds = time.perf_counter() - start

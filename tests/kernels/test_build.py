@@ -72,6 +72,12 @@ def test_a_lock_that_a_living_process_holds_by_flock_is_left(tmp_path):
         assert not (tmp_path / "lock").exists()
 
 
+def test_a_lock_that_is_none_of_ours_is_no_obstacle(tmp_path):
+    (tmp_path / "op" / "lock").mkdir(parents=True)
+    with exclusive_build(tmp_path):
+        assert (tmp_path / "op" / "lock").is_dir()
+
+
 def test_a_build_of_its_own_below_the_directory_is_left_alone(tmp_path):
     with exclusive_build(tmp_path / "inner"):
         (tmp_path / "inner" / "lock").touch()
@@ -96,6 +102,15 @@ def test_a_compiler_that_fails_is_a_warning_too(monkeypatch, tmp_path):
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     with pytest.warns(RuntimeWarning, match="failed to build; the torch backend serves meanwhile"):
+        assert build() is None
+
+
+def test_a_library_that_does_not_load_is_a_warning_too(monkeypatch):
+    library = build_directory() / "pairtile_cpu.so"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"not a library")
+    assert "cannot be loaded" in info().extension
+    with pytest.warns(RuntimeWarning, match="failed to load; the torch backend serves meanwhile"):
         assert build() is None
 
 

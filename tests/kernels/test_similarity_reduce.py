@@ -9,6 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pairtile.kernels import Diagonal, LogSumExp, PairScore, SoftplusSum, similarity_reduce, use_backend
+from pairtile.kernels.contrastive import torch_compiled
+from pairtile.kernels.contrastive.torch_reductions import _exp_
 
 
 def every_reduction(offset: int) -> tuple:
@@ -147,6 +149,47 @@ def test_huge_logits(backend, embeddings, relative_error, size):
         assert relative_error(given, truth, size=1.0) < 2e-6
 
 
+def test_scores_far_below_the_largest_are_neither_lost_nor_slow(backend, embeddings, relative_error):
+    x, y = (tensor.float() for tensor in embeddings(30, 30, 8))
+    scale, bias = torch.tensor(400.0), torch.tensor(0.0)
+    _, gradients = results_and_gradients(x, y, scale, bias, 0)
+    with use_backend("reference"):
+        _, expected = results_and_gradients(x.double(), y.double(), scale.double(), bias.double(), 0)
+    for given, truth in zip(gradients, expected):
+        # The scores carry a relative error of 1e-7, and they are exponents of size 400.
+        assert relative_error(given, truth, size=1.0) < 400 * 2e-7
+    # A number that underflows, in exp above all, costs ten times as much as any other.
+    for dtype in (torch.float32, torch.float64):
+        exponentials = _exp_(torch.tensor([0.0, -800.0, -torch.inf, torch.inf, torch.nan], dtype=dtype))
+        assert exponentials[0] == 1
+        assert (torch.finfo(dtype).tiny <= exponentials[1:3]).all()
+        assert (exponentials[1:3] < 2 * torch.finfo(dtype).tiny).all()
+        assert exponentials[3].isinf()
+        assert exponentials[4].isnan()
+
+
+def test_a_row_of_infinitely_low_scores_is_minus_infinity(backend):
+    (lse, without_pair), _ = similarity_reduce(
+        torch.ones(2, 1), torch.full((3, 1), -torch.inf), scale=1.0, rows=[LogSumExp(), LogSumExp(Diagonal())]
+    )
+    assert lse.tolist() == without_pair.tolist() == [-torch.inf] * 2
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2.5e-7), (torch.float64, 5e-16)])
+def test_softplus_has_every_digit_at_any_size(backend, dtype, bound):
+    scores = torch.linspace(-80, 80, 20001, dtype=dtype)
+    _, (losses,) = similarity_reduce(
+        torch.ones(1, 1, dtype=dtype), scores[:, None], scale=1.0, cols=[SoftplusSum(positive=None)]
+    )
+    truth = scores.double().clamp(min=0) + torch.log1p(scores.double().abs().neg().exp())
+    assert ((losses - truth).abs() / truth).max() < bound
+    limits = torch.tensor([[torch.inf], [torch.nan], [-torch.inf]], dtype=dtype)
+    _, (losses,) = similarity_reduce(torch.ones(1, 1, dtype=dtype), limits, scale=1.0, cols=[SoftplusSum(None)])
+    assert losses[0] == torch.inf
+    assert losses[1].isnan()
+    assert losses[2] < 1e-37
+
+
 def test_nan_is_not_hidden(backend):
     x = torch.randn(6, 4)
     x[2, 1] = torch.nan
@@ -194,6 +237,15 @@ def test_a_second_derivative_is_refused_clearly(embeddings):
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("bias", [None, 0.5])
+def test_the_operators_for_torch_compile_are_registered_right(embeddings, bias):
+    x, y = (tensor.requires_grad_() for tensor in embeddings(7, 5, 4))
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    bias = None if bias is None else torch.tensor(bias, dtype=torch.float64, requires_grad=True)
+    plan = torch_compiled._encode(every_reduction(-2), every_reduction(1))
+    torch.library.opcheck(torch_compiled._forward_op, (x, y, scale, bias, plan, 1000))
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the largest number of elements in any new storage."""
 
@@ -238,6 +290,16 @@ def test_errors_say_what_was_given(change, error, said):
     arguments = {"x": torch.zeros(3, 4), "y": torch.zeros(3, 4), "scale": 1.0, "rows": [LogSumExp()]} | change
     with pytest.raises(error, match=said):
         similarity_reduce(arguments.pop("x"), arguments.pop("y"), **arguments)
+
+
+def test_nothing_at_all(backend):
+    (lse,), () = similarity_reduce(torch.zeros(3, 0), torch.zeros(0, 0), scale=1.0, rows=[LogSumExp()])
+    assert lse.tolist() == [-torch.inf] * 3
+
+
+def test_reductions_may_come_from_a_generator(backend):
+    rows, cols = similarity_reduce(torch.zeros(3, 2), torch.zeros(2, 2), scale=1.0, rows=(LogSumExp() for _ in "ab"))
+    assert (len(rows), len(cols)) == (2, 0)
 
 
 def test_features_of_two_dtypes_meet_in_the_wider(backend):

@@ -27,7 +27,7 @@ def build_vision(config: VisionConfig) -> tuple[nn.Module, int]:
 
     args: dict[str, Any] = {"num_classes": 0, "in_chans": config.channels, **config.args}
     try:
-        tower = timm.create_model(config.model, pretrained=config.pretrained, **args)
+        tower: Any = timm.create_model(cast(str, config.model), pretrained=config.pretrained, **args)
     except Exception as error:  # timm raises many kinds for arguments that do not fit
         raise PairtileError(_refused("model.vision", f"timm model {config.model}", args, error)) from None
     return tower, getattr(tower, "head_hidden_size", None) or tower.num_features
@@ -43,21 +43,21 @@ def build_text(config: TextConfig, *, vocab_size: int, pad_id: int, context_leng
         return _from_import_path(config.target, config.args, "model.text"), cast(int, config.out_dim)
     from transformers import AutoConfig
 
-    args = dict(config.args)
+    name, args = cast(str, config.model), dict(config.args)
     try:
-        if _is_stored(cast(str, config.model)):
-            stored = AutoConfig.from_pretrained(config.model, **args)
+        if _is_stored(name):
+            stored = AutoConfig.from_pretrained(name, **args)
             # a dual encoder's folder holds both towers: its text part is what is wanted
             text_config = stored.get_text_config() if hasattr(stored, "text_config") else stored
         else:
             args.setdefault("vocab_size", vocab_size)
             args.setdefault("max_position_embeddings", context_length)
             args.setdefault("pad_token_id", pad_id)
-            if "clip" in cast(str, config.model):
+            if "clip" in name:
                 # their defaults lie outside a small vocabulary; the pooled output they select is not used here
                 args.setdefault("bos_token_id", pad_id)
                 args.setdefault("eos_token_id", pad_id)
-            text_config = AutoConfig.for_model(config.model, **args)
+            text_config = AutoConfig.for_model(name, **args)
         tower = _text_model(config, text_config)
     except Exception as error:  # so does transformers: unknown types, missing files, sizes that do not fit
         raise PairtileError(_refused("model.text", f"transformers model {config.model}", args, error)) from None
@@ -91,7 +91,7 @@ def portable(config: ModelConfig, vision: nn.Module, text: nn.Module) -> ModelCo
     return config
 
 
-def enable_activation_checkpointing(tower: nn.Module, key: str) -> None:
+def enable_activation_checkpointing(tower: Any, key: str) -> None:
     """Recompute the tower's activations in backward. Raises :class:`PairtileError` when it has no switch for that."""
     if hasattr(tower, "set_grad_checkpointing"):  # timm
         tower.set_grad_checkpointing(True)

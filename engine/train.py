@@ -7,9 +7,8 @@ the order in which things happen.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -23,21 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .best import keep_best
 from .checkpoint import (
     Layout,
     TrainerState,
     find_source,
-    full_state_dict,
     load_checkpoint,
-    replace_folder,
     save_checkpoint,
 )
 from .data import Batch, build_loader
 from .deepspeed_config import deepspeed_config
 from .errors import PairtileError, RecipeError
 from .evaluation import RESULTS, evaluate_model, headline, open_splits
-from .export import build_model, write_model_folder
+from .export import build_model
 from .guard import GradientGuard
+from .incidents import BAD_BATCHES, SKIPPED, count_skipped, non_finite, report_bad_batch, stop_if_hopeless
 from .model import DualEncoder, DualOutput
 from .objectives import WeightedSum, check_objectives
 from .optimizer import build_optimizer, learning_rate
@@ -55,9 +54,6 @@ from .recipe import Recipe, load_recipe
 from .runtime import Runtime, environment_rank, seed_step, start
 from .statistics import in_batch_accuracy
 from .versions import write_config
-
-SKIPPED = "skipped.jsonl"
-BAD_BATCHES = "bad_batches.jsonl"
 
 
 @dataclass(frozen=True)
@@ -116,8 +112,8 @@ def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
     describe = {"model": model.config, "data": recipe.data, "tokenizer": tokenizer}
     if runtime.is_main:
         write_config(recipe, run_dir / "config.yaml", runtime.world_size)
-        for listing in (SKIPPED, BAD_BATCHES):
-            rewind(run_dir / listing, "batch", state.batch_index - 1)
+        rewind_run(run_dir, state)
+    runtime.barrier()
     log = RunLog(run_dir, total_steps=steps, start_step=state.step, enabled=runtime.is_main)
     for line in refused_members({"train": dataset, **splits}):
         log.say(line)
@@ -130,8 +126,11 @@ def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
         )
     )  # fmt: skip
 
-    def evaluate() -> dict[str, float]:
+    def evaluate_if_due() -> dict[str, float]:
         folder = run_dir / "eval" / f"step-{state.step:08d}"
+        due = state.step == steps or is_due(state.step, recipe.train.eval_every)
+        if not splits or not due or (folder / RESULTS).is_file():
+            return {}
         _, metrics = evaluate_model(model, splits, recipe.eval, runtime, folder, precision=recipe.train.precision)
         log.evaluation(state.step, metrics)
         log.say(headline(metrics))
@@ -139,9 +138,9 @@ def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
         return metrics
 
     # The loop: one turn is one optimiser step.
-    metrics: dict[str, float] = {}
     bad_in_a_row, interrupted = 0, False
     with closing(log):
+        metrics = evaluate_if_due() if state.step else {}  # a run that was killed in it makes up for it
         while state.step < steps and not interrupted:
             began = time.perf_counter()
             logged = is_due(state.step + 1, recipe.train.log_every) or state.step + 1 == steps
@@ -181,17 +180,13 @@ def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
             log.advance(state.step, recipe.train.batch_size * recipe.train.accumulation)
             if logged:
                 log.train(state.step, statistics(losses, output, norm, lr, runtime))
-            last = state.step == steps
             log.pause()
-            if last or interrupted or is_due(state.step, recipe.train.save_every):
+            if state.step == steps or interrupted or is_due(state.step, recipe.train.save_every):
                 save_checkpoint(checkpoints, engine, state, layout, runtime, describe, recipe.train.keep_last)
-            if splits and not last and not interrupted and is_due(state.step, recipe.train.eval_every):
-                metrics = evaluate()
+            if not interrupted:
+                metrics = evaluate_if_due() or metrics
             log.go_on()
 
-        # The last evaluation stands outside the loop: a run that was killed during it makes up for it.
-        if splits and state.step == steps and not (run_dir / "eval" / f"step-{steps:08d}" / RESULTS).is_file():
-            metrics = evaluate()
         if interrupted:
             log.say(f"asked to stop: saved step {state.step} of {steps}; the same command goes on from here")
         if state.skipped_samples:
@@ -220,6 +215,15 @@ def initialize(model: DualEncoder, recipe: Recipe, runtime: Runtime, *, universa
     return engine
 
 
+def rewind_run(run_dir: Path, state: TrainerState) -> None:
+    """Forget what a killed run did after its checkpoint: it is done again."""
+    for listing in (SKIPPED, BAD_BATCHES):
+        rewind(run_dir / listing, "batch", state.batch_index - 1)
+    for folder in (run_dir / "eval").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > state.step:
+            shutil.rmtree(folder)
+
+
 def forward(engine: Any, batch: Batch, runtime: Runtime) -> DualOutput:
     """The batch through both towers. A rank whose samples were all bad still takes part, with a blank pair.
 
@@ -231,49 +235,6 @@ def forward(engine: Any, batch: Batch, runtime: Runtime) -> DualOutput:
     blank = (batch.images.new_zeros(1, *batch.images.shape[1:]), batch.input_ids.new_zeros(1, batch.input_ids.shape[1]))
     output = engine(*blank, torch.ones_like(blank[1], dtype=torch.bool))
     return output._replace(image_features=output.image_features[:0], text_features=output.text_features[:0])
-
-
-def non_finite(output: DualOutput, loss: Tensor) -> tuple[bool, bool]:
-    """(this rank's features are not finite, the loss is not): the first names the culprit among the ranks."""
-    features = output.image_features.detach().sum() + output.text_features.detach().sum()
-    return not bool(torch.isfinite(features)), not bool(torch.isfinite(loss.detach()))
-
-
-def report_bad_batch(
-    what: str, batch: Batch, state: TrainerState, flags: list[list[bool]], run_dir: Path, runtime: Runtime
-) -> None:
-    """Say which ranks, which step and which samples. The first flag of a rank says that it is the culprit."""
-    state.bad_batches += 1
-    culprits = [rank for rank, flag in enumerate(flags) if flag[0]] or list(range(runtime.world_size))
-    if runtime.rank not in culprits:
-        return
-    where = {"step": state.step + 1, "batch": batch.batch_index, "rank": runtime.rank}
-    append_line(run_dir / BAD_BATCHES, {**where, "what": what, "keys": batch.keys})
-    shown = ", ".join(batch.keys[:8]) + (", ..." if len(batch.keys) > 8 else "")
-    place = f"rank {runtime.rank}, step {state.step + 1}, batch {batch.batch_index}"
-    print(f"{place}: {what} (keys: {shown})", file=sys.stderr, flush=True)
-
-
-def stop_if_hopeless(bad_in_a_row: int, recipe: Recipe, state: TrainerState) -> None:
-    if bad_in_a_row >= recipe.train.max_bad_batches:
-        raise PairtileError(
-            f"stopped after step {state.step}: loss or gradients were not finite for {bad_in_a_row} batches in a row "
-            f"(train.max_bad_batches); they are listed in {recipe.run_dir / BAD_BATCHES}. Lower train.lr or raise "
-            "train.warmup_steps; checkpoints are intact"
-        )
-
-
-def count_skipped(batch: Batch, state: TrainerState, run_dir: Path) -> None:
-    """Keep count of samples that could not be used, and list them in ``skipped.jsonl``."""
-    for key, reason in batch.skipped:
-        state.skipped_samples[reason] = state.skipped_samples.get(reason, 0) + 1
-        append_line(run_dir / SKIPPED, {"batch": batch.batch_index, "key": key, "reason": reason})
-
-
-def append_line(path: Path, entry: dict[str, Any]) -> None:
-    # one write of one line in append mode, so that lines of several ranks do not mix
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
 
 
 def gradient_norm(engine: Any) -> Callable[[], float | None]:
@@ -308,36 +269,6 @@ def statistics(
     if output.logit_bias is not None:
         values["bias"] = float(output.logit_bias.detach())
     return values
-
-
-def keep_best(
-    recipe: Recipe, metrics: dict[str, float], step: int, engine: Any, runtime: Runtime, describe: dict[str, Any]
-) -> None:
-    """Keep the weights of the best evaluation so far in ``best/``. Every rank must call it.
-
-    ``best/score.json`` holds the score, so that it belongs to the weights beside it whatever happened since.
-    """
-    name = recipe.eval.best or next(key for key in metrics if key.endswith("/text_to_image/R@1"))
-    if name not in metrics:
-        raise PairtileError(f"eval.best is {name!r}, which was not measured (measured: {', '.join(metrics)})")
-    folder = recipe.run_dir / "best"
-    score = folder / "score.json"
-    saved = json.loads(score.read_text()) if score.is_file() else {}
-    # a later step than this one: the run was killed and does those steps again
-    known = saved.get("metric") == name and saved.get("step", step) < step
-    better = not known or metrics[name] > saved["value"]
-    runtime.barrier()  # every rank has read what rank 0 may now replace
-    if not better or not math.isfinite(metrics[name]):
-        return
-    weights = full_state_dict(engine.module, runtime)
-
-    def write(target: Path) -> None:
-        write_model_folder(target, weights=weights, **describe)
-        (target / score.name).write_text(json.dumps({"metric": name, "value": metrics[name], "step": step}))
-
-    if runtime.is_main:
-        replace_folder(folder, write)
-    runtime.barrier()
 
 
 @contextmanager

@@ -42,7 +42,7 @@ def trained(tmp_path_factory):
     raw = copy.deepcopy(TINY)
     raw["output"], raw["data"]["root"] = str(folder / "run"), str(folder / "glyphs")
     raw["data"]["val"] = {"font": "font-*.tar"}
-    raw["train"] |= {"batch_size": 256, "steps": 60, "warmup_steps": 10, "log_every": 20}
+    raw["train"] |= {"batch_size": 256, "steps": 160, "warmup_steps": 20, "log_every": 20}
     raw["eval"] |= {
         "contact_sheet": True,
         "without_flags": ["drawing_in_train"],

@@ -39,7 +39,10 @@ def train(
         raise typer.Exit(launch(ranks, arguments))
     from .train import exit_process, main
 
-    exit_process(main(arguments))
+    code = main(arguments)
+    if dry_run:
+        raise typer.Exit(code)
+    exit_process(code)
 
 
 @app.command()

@@ -94,12 +94,13 @@ def test_exported_model_gives_identical_embeddings_in_a_new_process_without_pick
     torch.save(images, tmp_path / "images.pt")
     script = f"""
 import pickle, torch
+from safetensors.torch import save_file
+from pairtile.engine import load
+import torchvision, timm, transformers  # which define unpicklers of their own
 images = torch.load({str(tmp_path / "images.pt")!r})
 def refuse(*arguments, **options): raise AssertionError("pickle on the load path")
 pickle.load = pickle.loads = pickle.Unpickler = torch.load = refuse
 torch.set_num_threads({torch.get_num_threads()})
-from pairtile.engine import load
-from safetensors.torch import save_file
 encoder = load({str(folder)!r})
 save_file({{"there": torch.cat([encoder.encode_image(images), encoder.encode_text({texts!r})])}}, {str(tmp_path / "there")!r})
 """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def evaluate_model(
     results = []
     for name, dataset in splits.items():
         wanted = config.classification
-        results.append(
-            evaluate_split(
+        with gathering_on_access(model):
+            result = evaluate_split(
                 model,
                 dataset,
                 split=name,
@@ -65,7 +66,7 @@ def evaluate_model(
                 autocast=torch.bfloat16 if precision == "bf16" else None,
                 contact_sheet=folder / f"{name}.png" if config.contact_sheet else None,
             )
-        )
+        results.append(result)
     if runtime.is_main and results:
         write_json(folder / RESULTS, results, **(about or {}))
         (folder / "results.md").write_text(to_markdown(results), encoding="utf-8")
@@ -112,6 +113,23 @@ def evaluate_run(
     sheets = ", ".join(str(folder / f"{name}.png") for name in splits) if recipe.eval.contact_sheet else "none"
     say(f"model: {source}\nresults: {folder / RESULTS}\ncurve: {draw_curve(run)}\ncontact sheets: {sheets}")
     return results
+
+
+@contextmanager
+def gathering_on_access(model: nn.Module) -> Iterator[None]:
+    """Let ZeRO-3 gather a parameter that a module reads of its child (CLIP's text tower reads its positions' shape).
+
+    It does so while a flag on each module is up, which the engine raises in its own forward; evaluation calls the
+    towers directly. Without ZeRO-3 there is no such flag and nothing happens.
+    """
+    flagged = [module._parameters for module in model.modules() if hasattr(module._parameters, "_in_forward")]
+    for parameters in flagged:
+        parameters._in_forward = True
+    try:
+        yield
+    finally:
+        for parameters in flagged:
+            parameters._in_forward = False
 
 
 def _with_data(recipe: Recipe, data: str) -> Recipe:

@@ -124,7 +124,16 @@ def seed_step(seed: int, rank: int, batch_index: int) -> None:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on, below the range from which systems hand out ports of their own accord.
+
+    Seconds pass until it is listened on, and in that range gloo's connections alone would take it now and then.
+    """
+    for _ in range(100):
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise PairtileError("no free TCP port between 20000 and 32767; set MASTER_PORT to one that is free")

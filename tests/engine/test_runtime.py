@@ -1,12 +1,9 @@
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from curves import environment
 from pairtile.engine.errors import PairtileError
@@ -27,7 +24,7 @@ time.sleep(60)
 
 
 def test_a_build_lock_of_a_killed_trainer_does_not_hang_the_next_start(tmp_path):
-    """The op is compiled through torch.utils.cpp_extension, as DeepSpeed's are, behind the lock that was left."""
+    """The lock file is what torch.utils.cpp_extension leaves; test_build.py compiles for real behind such a one."""
     (tmp_path / "op").mkdir()
     killed = subprocess.Popen([sys.executable, "-c", ALIVE, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert killed.stdout.readline() == "ready\n"
@@ -40,9 +37,7 @@ def test_a_build_lock_of_a_killed_trainer_does_not_hang_the_next_start(tmp_path)
     killed.wait()
     command = [sys.executable, "-c", "import sys, pathlib; from pairtile.engine.runtime import clear_stale_build_locks;"
                "clear_stale_build_locks(pathlib.Path(sys.argv[1]))", str(tmp_path)]  # fmt: skip
-    began = time.monotonic()
     subprocess.run(command, env=environment(), check=True, timeout=60)
-    assert time.monotonic() - began < 60
     assert not (tmp_path / "op" / "lock").exists()
 
 
@@ -80,4 +75,3 @@ def test_in_batch_accuracy():
     output = DualOutput(image, text, torch.ones(1), None)
     runtime = Runtime(0, 0, 1, torch.device("cpu"), None)
     assert in_batch_accuracy(output, runtime) == (0.5, 0.5)
-    assert not dist.is_initialized() or os.environ["WORLD_SIZE"] == "1"

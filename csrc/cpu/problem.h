@@ -1,0 +1,61 @@
+// One similarity matrix: its operands, how it is cut into tiles, and how much memory that may take.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "plan.h"
+#include "vec.h"
+
+namespace pairtile {
+
+// S_ij = scale_i <x_i, y_j> + offset_i + col_bias_j, contiguous; x and y of one type, the rest float.
+struct Problem {
+  at::Tensor x, y;
+  at::Tensor scale;                     // [n]
+  at::Tensor offset;                    // [n]: bias + row_bias
+  std::optional<at::Tensor> col_bias;   // [m]
+  int64_t n, m, d;
+  int64_t budget;                       // bytes
+
+  const float* scales() const { return scale.const_data_ptr<float>(); }
+  const float* offsets() const { return offset.const_data_ptr<float>(); }
+  const float* col_biases() const { return col_bias ? col_bias->const_data_ptr<float>() : nullptr; }
+};
+
+Problem make_problem(const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale,
+                     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& row_bias,
+                     const std::optional<at::Tensor>& col_bias, int64_t budget);
+
+// Rows are cut into chunks, columns into blocks; a tile is a chunk against a block. Sizes depend on shapes and budget
+// alone, never on threads: the order of all sums, and with it the bits of every result, hangs on them.
+struct Tiles {
+  // `stores_panels`: all cosines of some chunks at a time will be stored, so chunks are lower if S is wide.
+  explicit Tiles(const Problem& problem, bool stores_panels = false);
+
+  int64_t rows, cols;       // of a tile; cols is a multiple of 16
+  int64_t chunks, blocks;
+  int64_t width;            // all columns, padded to 16: what a row of stored tiles takes
+
+  int64_t rows_of(int64_t chunk, int64_t n) const { return std::min(rows, n - chunk * rows); }
+  int64_t cols_of(int64_t block, int64_t m) const { return std::min(cols, m - block * cols); }
+  int64_t chunk_floats() const { return rows * width; }
+};
+
+// Bytes beside the stored tiles: panels of packed operands and weights, and each thread's own tile.
+int64_t working_bytes(const Problem& problem);
+
+// Chunks (the first ones) whose cosines fit what the budget leaves, kept from the forward to the backward.
+// kernels/contrastive/cpp_backend.py repeats this formula for shapes without data.
+int64_t kept_chunks(const Problem& problem, const Tiles& tiles);
+
+// A bound of |S|; infinite where a scale is not positive, a column bias is given, or a number is not finite.
+double score_bound(const Problem& problem);
+
+// Up to this bound exp(S) is safe without a shift: exp(80) times the 256 terms that a tile adds in float is far below
+// the largest float, and exp(-80) far above the least.
+constexpr double kSafeScore = 80.0;
+
+}  // namespace pairtile

@@ -1,0 +1,64 @@
+// The two sweeps over the tiles of S: forward (results) and backward (gradients). See typed_sweep.h for how.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "problem.h"
+
+namespace pairtile {
+
+// What a dense reduction knows of each owner: a log-sum-exp is shift + log(sum), a softplus sum is sum.
+struct Statistics {
+  std::vector<double> shift, sum;
+};
+
+// How the gradient of a loss enters: d loss / d (result of a reduction), one for each owner.
+struct Upstream {
+  std::vector<float> coefficient;  // log-sum-exp: gradient / sum, so that the weight is coefficient * exp(S - shift)
+  std::vector<float> shift;        // log-sum-exp only
+};
+
+struct Gradients {
+  at::Tensor x, y;                         // of the features' type; undefined where not needed
+  std::vector<double> scale, row, col;     // d/d scale_i, sum_j G_ij, sum_i G_ij; empty where not needed
+};
+
+struct Needed {
+  bool x = true, y = true, scale = true, row_sums = false, col_sums = false;
+};
+
+// Turns the statistics of the rows begin : end, now known, into what the backward of these rows needs.
+using UpstreamOf = std::function<void(int64_t begin, int64_t end, const std::vector<Statistics>& of_these_rows,
+                                      std::vector<Upstream>& upstream)>;
+
+class Sweep {
+ public:
+  virtual ~Sweep() = default;
+
+  // Statistics of all dense reductions, in the plan's order (empty ones for pair scores). The cosines of the first
+  // `kept_chunks` chunks stay behind in `kept`.
+  virtual std::vector<Statistics> forward(float* kept, int64_t kept_chunks) = 0;
+
+  // Whether one exponential for each pair serves the whole plan.
+  virtual bool uniform() const = 0;
+
+  // Gradients, from one Upstream for each reduction of the plan. If `losses` is given (uniform softplus plans), the
+  // sum of the terms of each row is added to it on the way, so that no forward is needed.
+  virtual Gradients backward(const std::vector<Upstream>& upstream, Needed needed, const float* kept,
+                             int64_t kept_chunks, std::vector<double>* losses = nullptr) = 0;
+
+  // Forward and backward together, for plans whose dense reductions are of rows alone. 6 n m d FLOPs.
+  virtual Gradients forward_backward(Needed needed, const UpstreamOf& upstream_of) = 0;
+};
+
+// `in_one_go`: for forward_backward.
+std::unique_ptr<Sweep> make_sweep(const Problem& problem, const Plan& plan, bool in_one_go = false);
+
+// S at each row's partner in float64, -inf where there is none; the gradient of a well aligned batch hangs on it.
+std::vector<double> pair_scores(const Problem& problem, const Partner& partner);
+
+}  // namespace pairtile

@@ -9,10 +9,13 @@ from contextvars import ContextVar
 
 import torch
 
+from .build import built_library, missing_tool, operators_obstacle, warn_of
+
 #: What each backend is, in the order in which `info()` lists them.
 BACKENDS = {
     "reference": "the formula, dense, in plain autograd: the oracle of the tests",
     "torch": "chunked PyTorch: never more than one block of logits in memory, no compiler needed",
+    "cpp": "C++ for the CPU, compiled for this machine on first use; float64 inputs are served by torch",
 }
 
 _ENVIRONMENT = "PAIRTILE_BACKEND"
@@ -22,7 +25,30 @@ _chosen: ContextVar[str | None] = ContextVar("pairtile_backend", default=None)
 def _checked(name: str, given_by: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"{given_by}: no backend {name!r}; available here: {', '.join(BACKENDS)}")
+    if name == "cpp" and (obstacle := _operators_obstacle()) is not None:
+        raise RuntimeError(
+            f'{given_by} asks for the backend "cpp", but pairtile\'s C++ operators {obstacle}. Leave the choice open, '
+            'or ask for "torch"'
+        )
     return name
+
+
+def _operators_obstacle() -> str | None:
+    return operators_obstacle()
+
+
+def _cpu_default() -> str:
+    obstacle = operators_obstacle()
+    if obstacle is None:
+        return "cpp"
+    warn_of(obstacle)
+    return "torch"
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler: torch.compile runs
+# these two while it traces, instead of tracing a build.
+_operators_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_cpu_default._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -34,10 +60,11 @@ def use_backend(name: str) -> Iterator[None]:
     the forward a second time, in the backward: that choice is taken anew, so the backward belongs in the block too.
 
     Args:
-        name: "torch" or "reference".
+        name: "cpp", "torch" or "reference".
 
     Raises:
         ValueError: no such backend.
+        RuntimeError: "cpp" on a machine that cannot build it.
     """
     token = _chosen.set(_checked(name, "use_backend"))
     try:
@@ -49,15 +76,31 @@ def use_backend(name: str) -> Iterator[None]:
 def select_backend(device: torch.device) -> tuple[str, str]:
     """The backend that serves tensors on `device` now, and the reason.
 
-    The order is `use_backend`, then the environment variable PAIRTILE_BACKEND, then the device's default.
+    The order is `use_backend`, then the environment variable PAIRTILE_BACKEND, then the device's default: on the
+    CPU that is `cpp`, compiled now if it is not yet, or, after one warning, `torch` where that cannot be.
 
     Raises:
-        ValueError: PAIRTILE_BACKEND names no backend.
+        ValueError: PAIRTILE_BACKEND names no backend, or the backend chosen does not serve this device.
+        RuntimeError: PAIRTILE_BACKEND=cpp on a machine that cannot build it.
     """
-    chosen = _chosen.get()
-    if chosen is not None:
-        return chosen, "use_backend"
-    from_environment = os.environ.get(_ENVIRONMENT)
-    if from_environment:
-        return _checked(from_environment, _ENVIRONMENT), _ENVIRONMENT
-    return "torch", f"default for {device.type}"
+    chosen, given_by = _chosen.get(), "use_backend"
+    if chosen is None and (named := os.environ.get(_ENVIRONMENT)):
+        chosen, given_by = _checked(named, _ENVIRONMENT), _ENVIRONMENT
+    if chosen is None:
+        return (_cpu_default() if device.type == "cpu" else "torch"), f"default for {device.type}"
+    if chosen == "cpp" and device.type != "cpu":
+        raise ValueError(
+            f'{given_by} asks for the backend "cpp", which serves the CPU alone, but tensors are on {device.type}'
+        )
+    return chosen, given_by
+
+
+def expected_backend(device: torch.device) -> tuple[str, str]:
+    """As `select_backend`, without compiling anything: what would serve, and the reason."""
+    named = _chosen.get() or os.environ.get(_ENVIRONMENT) or ("cpp" if device.type == "cpu" else "torch")
+    if named == "cpp" and built_library() is None and missing_tool() is None:
+        return "cpp", f"for {device.type}; compiled on first use"
+    try:
+        return select_backend(device)
+    except (RuntimeError, ValueError) as error:
+        return "none", str(error)

@@ -95,7 +95,11 @@ def _is_free(lock: Path) -> bool:
 
 def sources() -> list[Path]:
     """The C++ sources of the CPU build: `csrc` lies beside this package, in the tree and in a wheel."""
-    return sorted((Path(__file__).resolve().parent.parent / "csrc" / "cpu").glob("*.cpp"))
+    return sorted(_source_directory().glob("*.cpp"))
+
+
+def _source_directory() -> Path:
+    return Path(__file__).resolve().parent.parent / "csrc" / "cpu"
 
 
 def compiler() -> str | None:
@@ -121,16 +125,33 @@ def _search_path() -> str:
 
 @functools.cache
 def _flags(compiler_path: str) -> tuple[str, ...]:
-    """Compiler flags: the host's instruction set where the compiler knows it, and what torch offers."""
+    """Compiler flags: the host's instruction set and OpenMP where the compiler knows them, and what torch offers."""
     flags = ["-O3"]
-    for native in ("-march=native", "-mcpu=native"):
-        trial = [compiler_path, native, "-E", "-x", "c++", os.devnull]
-        if subprocess.run(trial, capture_output=True, check=False).returncode == 0:
-            flags.append(native)
-            break
+    native = next((each for each in ("-march=native", "-mcpu=native") if _accepts(compiler_path, each)), None)
+    if native is not None:
+        flags.append(native)
+    # at::parallel_for is a template over OpenMP: in an extension compiled without, it runs on one thread.
+    if _accepts(compiler_path, "-fopenmp"):
+        flags.append("-fopenmp")
     if _torch_exports(_BRGEMM_SYMBOL):
         flags.append("-DPAIRTILE_BRGEMM")
     return tuple(flags)
+
+
+def _accepts(compiler_path: str, flag: str) -> bool:
+    # -E stops behind the preprocessor, which reads a header: clang knows -fopenmp where it has no omp.h.
+    program = "#include <omp.h>\n" if flag == "-fopenmp" else ""
+    trial = [compiler_path, flag, "-E", "-x", "c++", "-"]
+    return subprocess.run(trial, input=program, capture_output=True, text=True, check=False).returncode == 0
+
+
+@functools.cache
+def _link_flags(flags: tuple[str, ...]) -> tuple[str, ...]:
+    """The OpenMP runtime that torch itself loaded: a second one would not know torch.set_num_threads."""
+    if "-fopenmp" not in flags:
+        return ()
+    own = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    return (str(own[0]),) if own else ("-fopenmp",)
 
 
 def _torch_exports(symbol: bytes) -> bool:
@@ -143,11 +164,12 @@ def _torch_exports(symbol: bytes) -> bool:
 def build_directory() -> Path:
     """The directory of the build that belongs to this torch, these sources, flags, compiler and processor."""
     compiler_path = compiler() or ""
+    flags = _flags(compiler_path) if compiler_path else ()
     key = hashlib.sha256()
-    for part in (torch.__version__, compiler_path, *(_flags(compiler_path) if compiler_path else ()), _processor()):
+    for part in (torch.__version__, compiler_path, *flags, *_link_flags(flags), _processor()):
         key.update(part.encode() + b"\0")
-    for source in sources():
-        key.update(source.read_bytes())
+    for source in [*sources(), *sorted(_source_directory().glob("*.h"))]:
+        key.update(source.name.encode() + b"\0" + source.read_bytes())
     return cache_directory() / f"{_LIBRARY}-torch{torch.__version__.split('+')[0]}-{key.hexdigest()[:16]}"
 
 
@@ -175,8 +197,8 @@ def load_library(library: Path) -> None:
 def build(*, verbose: bool = False) -> Path | None:
     """Compile the C++ operators for this machine, unless that is done, and load them.
 
-    Takes about half a minute the first time and milliseconds afterwards. Safe to call from several processes
-    at once, and after one of them was killed in the middle.
+    Takes a minute or two the first time and milliseconds afterwards. Safe to call from several processes at once,
+    and after one of them was killed in the middle. The first operator that runs on the CPU does the same.
 
     Args:
         verbose: show the compiler's commands and output.
@@ -185,22 +207,49 @@ def build(*, verbose: bool = False) -> Path | None:
         The shared library; None, after one warning, if this machine cannot build it. The `torch` backend needs
         no build.
     """
+    library, obstacle = _attempt(verbose)
+    if obstacle is not None:
+        warn_of(obstacle)
+    return library
+
+
+def _attempt(verbose: bool = False) -> tuple[Path | None, str | None]:
+    """The loaded library, or what stood in the way."""
     library = built_library()
-    if library is None:
-        lacking = missing_tool()
-        if lacking is not None:
-            _warn_once(f"pairtile's C++ operators are not built: {lacking}. The torch backend serves meanwhile.")
-            return None
+    if library is None and (lacking := missing_tool()) is not None:
+        return None, f"are not built: {lacking}"
     try:
         library = library or _compile(verbose)
         load_library(library)
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         # The compiler's last words are the ones that matter; its whole log can be thousands of lines.
-        last_words = str(error)[-2000:]
         failed = "failed to build" if library is None else f"({library}) failed to load"
-        _warn_once(f"pairtile's C++ operators {failed}; the torch backend serves meanwhile. {last_words}")
-        return None
-    return library
+        return None, f"{failed}: {str(error)[-2000:]}"
+    return library, None
+
+
+@functools.cache
+def operators_obstacle() -> str | None:
+    """None once the C++ operators are loaded, which this call does, compiling them if need be; else why they are not.
+
+    Tried once in a process: a failure is remembered like a success.
+    """
+    if built_library() is None and missing_tool() is None:
+        _log.warning("compiling pairtile's C++ operators for this machine: a minute or two, once")
+    _, obstacle = _attempt()
+    if obstacle is not None:
+        return obstacle
+    if not hasattr(torch.ops.pairtile, "similarity_reduce"):
+        return "lack similarity_reduce: this installation's csrc/ is not the one of its kernels/"
+    from .contrastive.cpp_backend import register_fakes  # here, since that package asks this module in turn
+
+    register_fakes()
+    return None
+
+
+def warn_of(obstacle: str) -> None:
+    """Say once in a process that the torch backend serves instead of the C++ operators, and why."""
+    _warn_once(f"The torch backend serves on the CPU, because pairtile's C++ operators {obstacle}")
 
 
 @functools.cache
@@ -227,6 +276,7 @@ def _compile(verbose: bool) -> Path:
                 name=_LIBRARY,
                 sources=[str(source) for source in sources()],
                 extra_cflags=list(_flags(compiler_path)),
+                extra_ldflags=list(_link_flags(_flags(compiler_path))),
                 build_directory=str(workspace),
                 is_python_module=False,
                 verbose=verbose,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .backends import BACKENDS, select_backend
+from .backends import BACKENDS, expected_backend
 from .build import built_library, compiler, load_library, missing_tool
 
 _DISTRIBUTIONS = ("pairtile", "torch", "triton", "flash-attn", "ninja", "deepspeed")
@@ -55,11 +55,7 @@ class Info:
 
 
 def info() -> Info:
-    """Look at this machine. Compiles nothing; loads the C++ build if it exists.
-
-    Raises:
-        ValueError: PAIRTILE_BACKEND names no backend.
-    """
+    """Look at this machine. Compiles nothing; loads the C++ build if it exists."""
     devices = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
         devices[f"cuda:{index}"] = torch.cuda.get_device_name(index)
@@ -72,7 +68,7 @@ def info() -> Info:
         extension=extension,
         cpu_features=cpu_features,
         backends=dict(BACKENDS),
-        serves={kind: select_backend(torch.device(kind)) for kind in {name.split(":")[0]: None for name in devices}},
+        serves={kind: expected_backend(torch.device(kind)) for kind in {name.split(":")[0]: None for name in devices}},
     )
 
 

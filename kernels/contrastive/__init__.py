@@ -1,6 +1,31 @@
 """Reductions of S = scale * x y^T + bias along rows and columns, without storing S."""
 
 from .operator import similarity_reduce
-from .reductions import Diagonal, LogSumExp, PairScore, Reduction, SoftplusSum
+from .reductions import (
+    AbovePositive,
+    ColumnRange,
+    Diagonal,
+    DifferentId,
+    LogSumExp,
+    PairRule,
+    PairScore,
+    Reduction,
+    SameId,
+    SoftplusSum,
+    Target,
+)
 
-__all__ = ["Diagonal", "LogSumExp", "PairScore", "Reduction", "SoftplusSum", "similarity_reduce"]
+__all__ = [
+    "AbovePositive",
+    "ColumnRange",
+    "Diagonal",
+    "DifferentId",
+    "LogSumExp",
+    "PairRule",
+    "PairScore",
+    "Reduction",
+    "SameId",
+    "SoftplusSum",
+    "Target",
+    "similarity_reduce",
+]

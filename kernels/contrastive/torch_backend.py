@@ -2,7 +2,7 @@
 
 A *tile* is what one matrix product makes: rows i0:i1 against columns j0:j1, in one buffer that is used again
 for the next tile. With up to 8192 columns a tile is a full row block. A tile is worked off in *panels* of a few
-rows, which stay in cache and bound the only other temporary that has the width of S.
+rows, which stay in cache and bound the only other temporaries that have the width of S.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from .operands import Operands
+from .plan import Plan, decode, encode
 from .reductions import Reduction
-from .torch_reductions import GRADIENTS, STATES, Panel
+from .torch_reductions import GRADIENTS, STATES, STATISTICS
+from .torch_rules import Panel
 
 _TILE_COLUMNS = 8192
 _LEAST_TILE_ROWS = 16
 _PANELS_PER_TILE = 16
 # Elements below which a panel is not worth its calls: 256 KiB in float32, well inside any L2 cache.
 _LEAST_PANEL = 2**16
+_OPERANDS = len(Operands._fields)
 
 
 def _tiling(n: int, m: int, d: int, dtype: torch.dtype, converted: bool, budget: int) -> tuple[int, int]:
@@ -41,25 +45,28 @@ def _tiling(n: int, m: int, d: int, dtype: torch.dtype, converted: bool, budget:
 class _Sweep:
     """The loops over tiles and panels that forward and backward share."""
 
-    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, budget: int) -> None:
-        self.x, self.y, self.scale, self.bias = x, y, scale, bias
-        self.dtype = scale.dtype
-        (n, d), m = x.shape, y.shape[0]
-        self.tile_rows, self.tile_columns = _tiling(n, m, d, self.dtype, x.dtype != self.dtype, budget)
+    def __init__(self, operands: Operands, budget: int) -> None:
+        self.operands = operands
+        self.dtype = operands.scale.dtype
+        (n, d), m = operands.x.shape, operands.y.shape[0]
+        converted = operands.x.dtype != self.dtype
+        self.tile_rows, self.tile_columns = _tiling(n, m, d, self.dtype, converted, budget)
         worthwhile = -(-_LEAST_PANEL // max(1, self.tile_columns))
         self.panel_rows = min(self.tile_rows, max(-(-self.tile_rows // _PANELS_PER_TILE), worthwhile))
-        self._scores = scale.new_empty(self.tile_rows * self.tile_columns)
-        self._scratch = scale.new_empty(self.panel_rows * self.tile_columns)
+        self._scores = operands.scale.new_empty(self.tile_rows * self.tile_columns)
+        self._scratch = operands.scale.new_empty(self.panel_rows * self.tile_columns)
 
     def row_blocks(self) -> Iterator[slice]:
-        for start in range(0, self.x.shape[0], self.tile_rows) if self.y.shape[0] else ():
-            yield slice(start, min(start + self.tile_rows, self.x.shape[0]))
+        n, m = self.operands.length(1), self.operands.length(0)
+        for start in range(0, n, self.tile_rows) if m else ():
+            yield slice(start, min(start + self.tile_rows, n))
 
     def tiles(self, rows: slice, x_rows: Tensor) -> Iterator[tuple[Panel, Tensor]]:
         """Tiles of one row block, still cosines, and the columns' features in the accumulation dtype."""
-        for start in range(0, self.y.shape[0], self.tile_columns):
-            cols = slice(start, min(start + self.tile_columns, self.y.shape[0]))
-            y_cols = self.y[cols].to(self.dtype)
+        y = self.operands.y
+        for start in range(0, y.shape[0], self.tile_columns):
+            cols = slice(start, min(start + self.tile_columns, y.shape[0]))
+            y_cols = y[cols].to(self.dtype)
             shape = (rows.stop - rows.start, cols.stop - cols.start)
             scores = self._scores[: shape[0] * shape[1]].view(shape)
             torch.mm(x_rows, y_cols.T, out=scores)
@@ -67,15 +74,95 @@ class _Sweep:
 
     def panels(self, tile: Panel) -> Iterator[tuple[Panel, Tensor]]:
         """Panels of a tile, each turned from cosines into scores, and a scratch buffer of its shape."""
+        _, _, scale, bias, row_bias, col_bias = self.operands
         for start in range(0, tile.scores.shape[0], self.panel_rows):
             scores = tile.scores[start : start + self.panel_rows]
-            # Not folded into x: rounding scale * x would move a whole row of scores one way.
-            scores.mul_(self.scale)
-            if self.bias is not None:
-                scores.add_(self.bias)
             first = tile.rows.start + start
-            scratch = self._scratch[: scores.numel()].view_as(scores)
-            yield Panel(scores, slice(first, first + scores.shape[0]), tile.cols), scratch
+            rows = slice(first, first + scores.shape[0])
+            # Not folded into x: rounding scale * x would move a whole row of scores one way.
+            scores.mul_(scale[rows].unsqueeze(1) if self.operands.per_row_scale else scale)
+            if bias is not None:
+                scores.add_(bias)
+            if row_bias is not None:
+                scores.add_(row_bias[rows].unsqueeze(1))
+            if col_bias is not None:
+                scores.add_(col_bias[tile.cols])
+            yield Panel(scores, rows, tile.cols), self._scratch[: scores.numel()].view_as(scores)
+
+
+def forward_results(operands: Operands, plan: Plan, budget: int) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The result of each (dimension, reduction) of the plan, and what its backward needs to know."""
+    states = [STATES[type(each)](each, dim, operands) for dim, each in plan]
+    for state in states:
+        if not state.dense:
+            state.fill(budget)
+    dense = [state for state in states if state.dense]
+    sweep = _Sweep(operands, budget)
+    for block in sweep.row_blocks() if dense else ():
+        for tile, _ in sweep.tiles(block, operands.x[block].to(sweep.dtype)):
+            for panel, scratch in sweep.panels(tile):
+                for state in dense:
+                    state.update(panel, scratch)
+    statistics = [state.statistics() for state in states]
+    return [state.result() for state in states], statistics
+
+
+def backward_results(
+    operands: Operands, plan: Plan, saved: list[Tensor], grads: list[Tensor], budget: int, needed: list[bool]
+) -> list[Tensor | None]:
+    """Gradients of the operands, None where not needed; `saved` is what the forward's statistics were, in a row."""
+    remaining = iter(saved)
+    gradients = [
+        GRADIENTS[type(each)](each, dim, grad, [next(remaining) for _ in range(STATISTICS[type(each)])])
+        for (dim, each), grad in zip(plan, grads, strict=True)
+    ]
+    with torch.no_grad(), torch.autocast(operands.x.device.type, enabled=False):
+        return _backward_sweep(_Sweep(operands, budget), gradients, needed)
+
+
+def _backward_sweep(sweep: _Sweep, gradients: list[Any], needed: list[bool]) -> list[Tensor | None]:
+    operands, dtype = sweep.operands, sweep.dtype
+    x, y, scale, *_ = operands
+    # The gradient of y is a sum over row blocks and therefore kept in the accumulation dtype.
+    kinds = (x.dtype, dtype, dtype, dtype, dtype, dtype)
+    dx, dy, dscale, *dbiases = (
+        None if operand is None or not wanted else torch.zeros_like(operand, dtype=kind)
+        for operand, kind, wanted in zip(operands, kinds, needed, strict=True)
+    )
+    for block in sweep.row_blocks():
+        x_rows = x[block].to(dtype)
+        scale_rows = scale[block].unsqueeze(1) if operands.per_row_scale else None
+        scaled_rows = x_rows if scale_rows is None or dy is None else x_rows * scale_rows
+        weighted = None if dx is None and dscale is None else torch.zeros_like(x_rows)
+        for tile, y_cols in sweep.tiles(block, x_rows):
+            for panel, scratch in sweep.panels(tile):
+                _to_weights(panel, scratch, gradients)
+                _add_bias_gradients(panel, *dbiases)
+            if weighted is not None:
+                weighted.addmm_(tile.scores, y_cols)
+            if dy is not None:
+                dy[tile.cols].addmm_(tile.scores.T, scaled_rows)
+        if dscale is not None and weighted is not None:
+            # sum_j G_ij <x_i, y_j>, from the product that dx needs anyway.
+            cosines = x_rows * weighted
+            if operands.per_row_scale:
+                dscale[block] = cosines.sum(1)
+            else:
+                dscale += cosines.sum()
+        if dx is not None and weighted is not None:
+            dx[block] = weighted.mul_(scale if scale_rows is None else scale_rows)
+    if dy is not None:
+        dy = (dy if operands.per_row_scale else dy.mul_(scale)).to(y.dtype)
+    return [dx, dy, dscale, *dbiases]
+
+
+def _add_bias_gradients(panel: Panel, dbias: Tensor | None, drow_bias: Tensor | None, dcol_bias: Tensor | None) -> None:
+    if dbias is not None:
+        dbias += panel.scores.sum()
+    if drow_bias is not None:
+        drow_bias[panel.rows] += panel.scores.sum(1)
+    if dcol_bias is not None:
+        dcol_bias[panel.cols] += panel.scores.sum(0)
 
 
 def _to_weights(panel: Panel, scratch: Tensor, gradients: list[Any]) -> None:
@@ -98,100 +185,31 @@ def _to_weights(panel: Panel, scratch: Tensor, gradients: list[Any]) -> None:
             gradient.apply_(panel)
 
 
-def forward_results(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, plan: list[tuple[int, Reduction]], budget: int
-) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """The result of each (dimension, reduction) of the plan, and what its backward needs to know."""
-    states = [STATES[type(each)](each, dim, (x if dim == 1 else y).shape[0], scale) for dim, each in plan]
-    for state in states:
-        if not state.dense:
-            state.fill(x, y, scale, bias, budget)
-    dense = [state for state in states if state.dense]
-    sweep = _Sweep(x, y, scale, bias, budget)
-    for block in sweep.row_blocks() if dense else ():
-        for tile, _ in sweep.tiles(block, x[block].to(scale.dtype)):
-            for panel, scratch in sweep.panels(tile):
-                for state in dense:
-                    state.update(panel, scratch)
-    statistics = [state.statistics() for state in states]
-    return [state.result() for state in states], statistics
-
-
-def backward_results(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    plan: list[tuple[int, Reduction]],
-    statistics: list[list[Tensor]],
-    grads: list[Tensor],
-    budget: int,
-    needed: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of x, y, scale and bias; None where not needed."""
-    gradients = [
-        GRADIENTS[type(reduction)](reduction, dim, grad, known)
-        for (dim, reduction), grad, known in zip(plan, grads, statistics, strict=True)
-    ]
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return _backward_sweep(_Sweep(x, y, scale, bias, budget), gradients, needed)
-
-
 class _SimilarityReduce(torch.autograd.Function):
+    """Takes the operands, the plan's numbers, the budget, and the plan's tensors."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        plan: list[tuple[int, Reduction]],
-        budget: int,
-    ) -> tuple[Tensor, ...]:
-        results, statistics = forward_results(x, y, scale, bias, plan, budget)
-        ctx.save_for_backward(x, y, scale, bias, *(tensor for each in statistics for tensor in each))
-        ctx.plan = (plan, [len(each) for each in statistics], budget)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        operands = Operands(*arguments[:_OPERANDS])
+        numbers, budget, *metadata = arguments[_OPERANDS:]
+        results, statistics = forward_results(operands, decode(numbers, metadata), budget)
+        # Saved like the operands, so that torch notices when one is written to before the backward.
+        ctx.save_for_backward(*operands, *metadata, *(tensor for each in statistics for tensor in each))
+        ctx.request = numbers, budget, len(metadata)
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, scale, bias, *saved = ctx.saved_tensors
-        plan, counts, budget = ctx.plan
-        remaining = iter(saved)
-        statistics = [[next(remaining) for _ in range(count)] for count in counts]
-        needed = ctx.needs_input_grad
-        results = backward_results(x, y, scale, bias, plan, statistics, list(grads), budget, needed)
+        numbers, budget, count = ctx.request
+        # Unpacked once: under activation checkpointing each access would ask for the forward again.
+        saved = list(ctx.saved_tensors)
+        operands, metadata, statistics = saved[:_OPERANDS], saved[_OPERANDS:][:count], saved[_OPERANDS + count :]
+        needed = list(ctx.needs_input_grad[:_OPERANDS])
+        plan = decode(numbers, metadata)
+        results = backward_results(Operands(*operands), plan, statistics, list(grads), budget, needed)
         if torch.is_grad_enabled():
-            results = _DifferentiatedOnce.apply(*results, x, y, scale, bias, *grads)
-        return *results, None, None
-
-
-def _backward_sweep(sweep: _Sweep, gradients: list[Any], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    need_x, need_y, need_scale, need_bias = needed[:4]
-    x, y, scale = sweep.x, sweep.y, sweep.scale
-    dx = torch.zeros_like(x) if need_x else None
-    dy = torch.zeros_like(y, dtype=scale.dtype) if need_y else None
-    dscale, dbias = torch.zeros_like(scale), torch.zeros_like(scale)
-    for block in sweep.row_blocks():
-        x_rows = x[block].to(scale.dtype)
-        weighted = torch.zeros_like(x_rows) if need_x or need_scale else None
-        for tile, y_cols in sweep.tiles(block, x_rows):
-            for panel, scratch in sweep.panels(tile):
-                _to_weights(panel, scratch, gradients)
-                if need_bias:
-                    dbias += panel.scores.sum()
-            if weighted is not None:
-                weighted.addmm_(tile.scores, y_cols)
-            if dy is not None:
-                dy[tile.cols].addmm_(tile.scores.T, x_rows)
-        if weighted is not None:
-            # sum_ij G_ij <x_i, y_j>, from the product that dx needs anyway.
-            dscale += (x_rows * weighted).sum()
-            if dx is not None:
-                dx[block] = weighted.mul_(scale)
-    if dy is not None:
-        dy = dy.mul_(scale).to(y.dtype)
-    return dx, dy, dscale if need_scale else None, dbias if need_bias else None
+            results = _DifferentiatedOnce.apply(*results, *operands, *grads)
+        return *results, None, None, *[None] * count
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
@@ -199,7 +217,7 @@ class _DifferentiatedOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if tensor is None else tensor.clone() for tensor in tensors[:4])
+        return tuple(None if tensor is None else tensor.clone() for tensor in tensors[:_OPERANDS])
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -214,11 +232,14 @@ def similarity_reduce(
     y: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
     rows: tuple[Reduction, ...],
     cols: tuple[Reduction, ...],
     budget: int,
 ) -> tuple[Tensor, ...]:
-    """Row results, then column results; scale and bias in the accumulation dtype."""
-    plan = [(1, each) for each in rows] + [(0, each) for each in cols]
-    results: tuple[Tensor, ...] = _SimilarityReduce.apply(x, y, scale, bias, plan, budget)
+    """Row results, then column results; scale and biases in the accumulation dtype."""
+    numbers, metadata = encode(rows, cols)
+    operands = (x, y, scale, bias, row_bias, col_bias)
+    results: tuple[Tensor, ...] = _SimilarityReduce.apply(*operands, numbers, budget, *metadata)
     return results

@@ -1,4 +1,4 @@
-"""The torch backend as two operators, which torch.compile puts into its graph as they are.
+"""The torch backend as operators of torch.library, which torch.compile puts into its graph as they are.
 
 Traced like ordinary code the loops over tiles would be unrolled: minutes of compilation, anew for each batch
 size, and no bound on the memory. Eager calls do not come here: an operator written in Python costs more than the
@@ -12,108 +12,104 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reductions import Diagonal, LogSumExp, PairScore, Reduction, SoftplusSum
+from .operands import Operands, exact_dtype, pair_scores
+from .plan import decode, encode
+from .reductions import Diagonal, PairScore, Reduction, Target
 from .torch_backend import backward_results, forward_results
+from .torch_reductions import STATISTICS
 
-_KINDS: list[Any] = [LogSumExp, SoftplusSum, PairScore]
-_Plan = list[tuple[int, Reduction]]
-
-
-def _encode(rows: tuple[Reduction, ...], cols: tuple[Reduction, ...]) -> list[int]:
-    """An operator takes numbers: dimension, kind, whether it has a rule, and the rule's offset, of each reduction."""
-    numbers = []
-    for dim, reductions in ((1, rows), (0, cols)):
-        for reduction in reductions:
-            (rule,) = vars(reduction).values()
-            numbers += [dim, _KINDS.index(type(reduction)), int(rule is not None), rule.offset if rule else 0]
-    return numbers
+# Every operator below takes the operands first; what follows them is named by its schema.
+_OPERANDS = "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? row_bias, Tensor? col_bias"
+_COUNT = len(Operands._fields)
 
 
-def _decode(numbers: list[int]) -> _Plan:
-    fours = [numbers[k : k + 4] for k in range(0, len(numbers), 4)]
-    return [(dim, _KINDS[kind](Diagonal(offset) if ruled else None)) for dim, kind, ruled, offset in fours]
+def _split(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return Operands(*arguments[:_COUNT]), *arguments[_COUNT:]
 
 
-def _forward(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, numbers: list[int], budget: int) -> list[Tensor]:
-    results, statistics = forward_results(x, y, scale, bias, _decode(numbers), budget)
+def _forward(*arguments: Any) -> list[Tensor]:
+    operands, numbers, metadata, budget = _split(arguments)
+    results, statistics = forward_results(operands, decode(numbers, metadata), budget)
     return [*results, *(tensor for each in statistics for tensor in each)]
 
 
-def _fake_forward(
-    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, numbers: list[int], budget: int
-) -> list[Tensor]:
-    lengths = [(x if dim == 1 else y).shape[0] for dim, _ in _decode(numbers)]
-    counts = [_statistics_of(reduction) for _, reduction in _decode(numbers)]
-    doubled = [length for length, count in zip(lengths, counts, strict=True) for _ in range(count)]
-    return [scale.new_empty(length) for length in (*lengths, *doubled)]
+def _fake_forward(*arguments: Any) -> list[Tensor]:
+    operands, numbers, metadata, _ = _split(arguments)
+    plan = decode(numbers, metadata)
+    kept = [dim for dim, each in plan for _ in range(STATISTICS[type(each)])]
+    return [operands.scale.new_empty(operands.length(dim)) for dim in [*(dim for dim, _ in plan), *kept]]
 
 
-def _statistics_of(reduction: Reduction) -> int:
-    return 2 if isinstance(reduction, LogSumExp) else 0
+def _backward(*arguments: Any) -> list[Tensor]:
+    operands, numbers, metadata, budget, saved, grads, needed = _split(arguments)
+    results = backward_results(operands, decode(numbers, metadata), saved, grads, budget, needed)
+    return [operands.scale.new_empty(0) if each is None else each for each in results]
 
 
-def _backward(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    saved: list[Tensor],
-    grads: list[Tensor],
-    numbers: list[int],
-    budget: int,
-    needed: list[bool],
-) -> list[Tensor]:
-    remaining, plan = iter(saved), _decode(numbers)
-    statistics = [[next(remaining) for _ in range(_statistics_of(reduction))] for _, reduction in plan]
-    results = backward_results(x, y, scale, bias, plan, statistics, list(grads), budget, tuple(needed))
-    return [scale.new_empty(0) if each is None else each for each in results]
-
-
-def _fake_backward(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    saved: list[Tensor],
-    grads: list[Tensor],
-    numbers: list[int],
-    budget: int,
-    needed: list[bool],
-) -> list[Tensor]:
-    like = (x, y, scale, scale)
-    return [torch.empty_like(a) if wanted else scale.new_empty(0) for a, wanted in zip(like, needed, strict=True)]
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    operands, *_, needed = _split(arguments)
+    nothing = operands.scale.new_empty(0)
+    return [
+        torch.empty_like(operand) if wanted else nothing.clone()
+        for operand, wanted in zip(operands, needed, strict=True)
+    ]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, y, scale, bias, numbers, budget = inputs
-    ctx.plan = numbers, budget
-    ctx.save_for_backward(x, y, scale, bias, *output[len(numbers) // 4 :])
+    operands, numbers, metadata, budget = _split(inputs)
+    results = len(decode(numbers, metadata))
+    ctx.request = numbers, budget, len(metadata), results
+    ctx.save_for_backward(*operands, *metadata, *output[results:])
 
 
-def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
-    x, y, scale, bias, *saved = ctx.saved_tensors
-    numbers, budget = ctx.plan
-    needed = list(ctx.needs_input_grad[:4])
-    count = len(numbers) // 4
-    results = similarity_reduce_backward(x, y, scale, bias, saved, grads[:count], numbers, budget, needed)
-    return *(each if wanted else None for each, wanted in zip(results, needed, strict=True)), None, None
+def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    numbers, budget, count, results = ctx.request
+    saved = list(ctx.saved_tensors)
+    operands, metadata, statistics = saved[:_COUNT], saved[_COUNT:][:count], saved[_COUNT + count :]
+    needed = list(ctx.needs_input_grad[:_COUNT])
+    found = _backward_op(*operands, numbers, metadata, budget, statistics, grads[:results], needed)
+    return *(each if wanted else None for each, wanted in zip(found, needed, strict=True)), None, [None] * count, None
 
 
-_INPUTS = "Tensor x, Tensor y, Tensor scale, Tensor? bias"
-_forward_op = torch.library.custom_op(
-    "pairtile::torch_similarity_reduce",
+def _pair_scores(*arguments: Any) -> Tensor:
+    operands, numbers, metadata, budget, missing = _split(arguments)
+    ((dim, reduction),) = decode(numbers, metadata)
+    assert isinstance(reduction, PairScore)
+    return pair_scores(operands, reduction.pair, dim, budget, missing)
+
+
+def _fake_pair_scores(*arguments: Any) -> Tensor:
+    operands, numbers, metadata, *_ = _split(arguments)
+    ((dim, _),) = decode(numbers, metadata)
+    device = operands.x.device
+    return torch.empty(operands.length(dim), dtype=exact_dtype(device), device=device)
+
+
+def _define(name: str, function: Any, fake: Any, schema: str) -> Any:
+    operator = torch.library.custom_op(f"pairtile::{name}", function, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    return operator
+
+
+_forward_op = _define(
+    "torch_similarity_reduce",
     _forward,
-    mutates_args=(),
-    schema=f"({_INPUTS}, int[] numbers, int budget) -> Tensor[]",
+    _fake_forward,
+    f"({_OPERANDS}, int[] numbers, Tensor[] metadata, int budget) -> Tensor[]",
 )
-similarity_reduce_backward = torch.library.custom_op(
-    "pairtile::torch_similarity_reduce_backward",
+_backward_op = _define(
+    "torch_similarity_reduce_backward",
     _backward,
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor[] saved, Tensor[] grads, int[] numbers, int budget, bool[] needed) -> Tensor[]",
+    _fake_backward,
+    f"({_OPERANDS}, int[] numbers, Tensor[] metadata, int budget, Tensor[] saved, Tensor[] grads, bool[] needed)"
+    " -> Tensor[]",
 )
-_forward_op.register_fake(_fake_forward)
-similarity_reduce_backward.register_fake(_fake_backward)
+_pair_scores_op = _define(
+    "torch_pair_scores",
+    _pair_scores,
+    _fake_pair_scores,
+    f"({_OPERANDS}, int[] numbers, Tensor[] metadata, int budget, float missing) -> Tensor",
+)
 _forward_op.register_autograd(_differentiate, setup_context=_setup)
 
 
@@ -122,9 +118,20 @@ def similarity_reduce(
     y: Tensor,
     scale: Tensor,
     bias: Tensor | None,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
     rows: tuple[Reduction, ...],
     cols: tuple[Reduction, ...],
     budget: int,
 ) -> tuple[Tensor, ...]:
     """As in `torch_backend`, for code that torch.compile traces."""
-    return tuple(_forward_op(x, y, scale, bias, _encode(rows, cols), budget)[: len(rows) + len(cols)])
+    results = _forward_op(x, y, scale, bias, row_bias, col_bias, *encode(rows, cols), budget)
+    return tuple(results[: len(rows) + len(cols)])
+
+
+def traced_pair_scores(operands: Operands, pair: Diagonal | Target, dim: int, budget: int, missing: float) -> Tensor:
+    """As `operands.pair_scores`, for code that torch.compile traces."""
+    asked = (PairScore(pair),)
+    request = encode(asked, ()) if dim == 1 else encode((), asked)
+    scores: Tensor = _pair_scores_op(*operands, *request, budget, missing)
+    return scores

@@ -1,42 +1,50 @@
 """What the torch backend does with one panel of scores, for each reduction: its statistics and its gradient.
 
-A reduction is two classes here: a *state*, which takes in panels and gives the result and what the backward
-must know (`dense` if it looks at every pair, else it is filled without the tiles), and a *gradient*, which turns a panel of scores into d(result . upstream gradient) / dS in place.
+A reduction is two classes here: a *state*, which takes in panels and gives the result and what the backward must
+know (`dense` if it looks at every pair, else it is filled without the tiles), and a *gradient*, which turns a panel
+of scores into d(result . upstream gradient) / dS in place, or, if not dense, adds to it.
 Statistics of both directions are running (maximum, sum) pairs, in float32 or wider.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .reductions import Diagonal, LogSumExp, PairScore, SoftplusSum
+from .operands import Operands, pair_scores
+from .reductions import Diagonal, LogSumExp, PairScore, SoftplusSum, rules_of
+from .torch_elementwise import exp_, finite, softplus
+from .torch_rules import Panel, Selection
 
 
-@dataclass
-class Panel:
-    """Scores of rows `rows` against columns `cols`, and where they lie in S."""
+class _Pairs:
+    """Which pairs a reduction leaves out or counts as positive, and what the others weigh."""
 
-    scores: Tensor
-    rows: slice
-    cols: slice
+    def __init__(self, reduction: LogSumExp | SoftplusSum, dim: int) -> None:
+        self._exclude, self.weights, self._dim = rules_of(reduction.exclude), reduction.weights, dim
+        self._positive = rules_of(reduction.positive) if isinstance(reduction, SoftplusSum) else ()
+        self._zeros = None if self.weights is None else self.weights == 0
 
-    def pairs(self, rule: Diagonal) -> Tensor:
-        """View of the scores at the pairs of the rule that lie in this panel."""
-        return torch.diagonal(self.scores, rule.offset + self.rows.start - self.cols.start)
+    def excluded(self, panel: Panel) -> Selection | None:
+        given = self._exclude or self._zeros is not None
+        return Selection(self._exclude, panel, self._dim, self._zeros) if given else None
 
-    def paired(self, rule: Diagonal, dim: int) -> slice:
-        """Global indices, along the reduction's own axis, of the rows (columns) that `pairs` belongs to."""
-        start = max(self.rows.start, self.cols.start - rule.offset)
-        stop = max(start, min(self.rows.stop, self.cols.stop - rule.offset))
-        return slice(start, stop) if dim == 1 else slice(start + rule.offset, stop + rule.offset)
+    def positive(self, panel: Panel) -> Selection | None:
+        return Selection(self._positive, panel, self._dim) if self._positive else None
 
-    def owners(self, dim: int) -> slice:
-        return self.rows if dim == 1 else self.cols
+    def sum(self, terms: Tensor, panel: Panel) -> Tensor:
+        """The weighted sum of each owner."""
+        if self.weights is None:
+            return terms.sum(self._dim)
+        return (terms if self._dim == 1 else terms.T).mv(panel.along(self.weights, self._dim))
+
+    def weigh_(self, gradient: Tensor, panel: Panel, coefficient: Tensor) -> None:
+        """Times the owner's coefficient and the pair's weight."""
+        gradient.mul_(coefficient[panel.owners(self._dim)].unsqueeze(self._dim))
+        if self.weights is not None:
+            gradient.mul_(panel.along(self.weights, self._dim).unsqueeze(1 - self._dim))
 
 
 class _LogSumExpState:
@@ -44,52 +52,53 @@ class _LogSumExpState:
 
     dense = True
 
-    def __init__(self, reduction: LogSumExp, dim: int, length: int, like: Tensor) -> None:
-        self.exclude, self.dim = reduction.exclude, dim
-        self.maximum = like.new_full((length,), -torch.inf)
-        self.total = like.new_zeros(length)
+    def __init__(self, reduction: LogSumExp, dim: int, operands: Operands) -> None:
+        self.pairs, self.dim = _Pairs(reduction, dim), dim
+        self.maximum = operands.scale.new_full((operands.length(dim),), -torch.inf)
+        self.total = torch.zeros_like(self.maximum)
 
     def update(self, panel: Panel, scratch: Tensor) -> None:
-        kept = None
-        if self.exclude is not None:
-            pairs = panel.pairs(self.exclude)
-            kept = pairs.clone()
-            pairs.fill_(-torch.inf)
+        excluded, scores = self.pairs.excluded(panel), panel.scores
+        if excluded is not None:
+            scores = scratch.copy_(panel.scores)
+            excluded.fill_(scores, -torch.inf)
         owners = panel.owners(self.dim)
-        maximum = torch.maximum(self.maximum[owners], panel.scores.amax(self.dim))
-        shift = _finite(maximum)
-        weights = _exp_(torch.sub(panel.scores, shift.unsqueeze(self.dim), out=scratch))
-        if self.exclude is not None and kept is not None:
-            Panel(weights, panel.rows, panel.cols).pairs(self.exclude).zero_()
-            panel.pairs(self.exclude).copy_(kept)
+        maximum = torch.maximum(self.maximum[owners], scores.amax(self.dim))
+        shift = finite(maximum)
+        terms = exp_(torch.sub(scores, shift.unsqueeze(self.dim), out=scratch))
+        if excluded is not None:
+            excluded.fill_(terms, 0)
         total = self.total[owners]
-        total.mul_(self.maximum[owners].sub_(shift).exp_()).add_(weights.sum(self.dim))
+        total.mul_(self.maximum[owners].sub_(shift).exp_()).add_(self.pairs.sum(terms, panel))
         self.maximum[owners] = maximum
 
     def _sum(self) -> Tensor:
         return self.total.masked_fill(self.maximum == -torch.inf, 0)
 
     def result(self) -> Tensor:
-        return self._sum().log_().add_(_finite(self.maximum))
+        return self._sum().log_().add_(finite(self.maximum))
 
     def statistics(self) -> list[Tensor]:
         # The pair, not the log-sum-exp: rounding the latter would cost a relative 4e-6 in each weight at S = 100.
-        return [_finite(self.maximum), self._sum()]
+        return [finite(self.maximum), self._sum()]
 
 
 class _SoftplusSumState:
     dense = True
 
-    def __init__(self, reduction: SoftplusSum, dim: int, length: int, like: Tensor) -> None:
-        self.positive, self.dim = reduction.positive, dim
-        self.total = like.new_zeros(length)
+    def __init__(self, reduction: SoftplusSum, dim: int, operands: Operands) -> None:
+        self.pairs, self.dim = _Pairs(reduction, dim), dim
+        self.total = operands.scale.new_zeros(operands.length(dim))
 
     def update(self, panel: Panel, scratch: Tensor) -> None:
-        losses = _softplus(panel.scores, out=scratch)
-        if self.positive is not None:
-            positive = Panel(losses, panel.rows, panel.cols).pairs(self.positive)
-            positive.copy_(_softplus(-panel.pairs(self.positive)))
-        self.total[panel.owners(self.dim)].add_(losses.sum(self.dim))
+        excluded, positive, scores = self.pairs.excluded(panel), self.pairs.positive(panel), panel.scores
+        if positive is not None:
+            scores = scores.clone()
+            positive.negate_(scores)
+        losses = softplus(scores, out=scratch)
+        if excluded is not None:
+            excluded.fill_(losses, 0)
+        self.total[panel.owners(self.dim)].add_(self.pairs.sum(losses, panel))
 
     def result(self) -> Tensor:
         return self.total
@@ -99,26 +108,14 @@ class _SoftplusSumState:
 
 
 class _PairScoreState:
-    """Needs no tile: N products, taken in float64, since a well aligned batch's gradient hangs on them alone."""
-
     dense = False
 
-    def __init__(self, reduction: PairScore, dim: int, length: int, like: Tensor) -> None:
-        self.offset, self.dim = reduction.pair.offset, dim
-        self.scores = like.new_full((length,), -torch.inf)
+    def __init__(self, reduction: PairScore, dim: int, operands: Operands) -> None:
+        self.pair, self.dim, self.operands = reduction.pair, dim, operands
 
-    def fill(self, x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, budget: int) -> None:
-        exact = torch.float64 if x.device.type != "mps" else self.scores.dtype
-        first, last = max(0, -self.offset), min(x.shape[0], y.shape[0] - self.offset)
-        step = max(1, budget // (4 * exact.itemsize * max(1, x.shape[1])))
-        for start in range(first, last, step):
-            stop = min(start + step, last)
-            y_pairs = y[start + self.offset : stop + self.offset].to(exact)
-            pairs = torch.linalg.vecdot(x[start:stop].to(exact), y_pairs).mul_(scale)
-            if bias is not None:
-                pairs.add_(bias)
-            shift = 0 if self.dim == 1 else self.offset
-            self.scores[start + shift : stop + shift] = pairs
+    def fill(self, budget: int) -> None:
+        scores = pair_scores(self.operands, self.pair, self.dim, budget)
+        self.scores = scores.to(self.operands.scale.dtype)
 
     def result(self) -> Tensor:
         return self.scores
@@ -128,21 +125,21 @@ class _PairScoreState:
 
 
 class _LogSumExpGradient:
-    """dLSE_i / dS_ij = exp(S_ij - LSE_i), and 0 for an excluded pair."""
+    """dLSE_i / dS_ij = w_j exp(S_ij - LSE_i), and 0 for an excluded pair."""
 
     dense = True
 
     def __init__(self, reduction: LogSumExp, dim: int, grad: Tensor, statistics: list[Tensor]) -> None:
-        self.exclude, self.dim = reduction.exclude, dim
+        self.pairs, self.dim = _Pairs(reduction, dim), dim
         self.maximum, total = statistics
         self.coefficient = (grad / total).masked_fill_(total == 0, 0)
 
     def apply_(self, panel: Panel) -> None:
-        owners = panel.owners(self.dim)
-        _exp_(panel.scores.sub_(self.maximum[owners].unsqueeze(self.dim)))
-        if self.exclude is not None:
-            panel.pairs(self.exclude).zero_()
-        panel.scores.mul_(self.coefficient[owners].unsqueeze(self.dim))
+        excluded = self.pairs.excluded(panel)
+        exp_(panel.scores.sub_(self.maximum[panel.owners(self.dim)].unsqueeze(self.dim)))
+        if excluded is not None:
+            excluded.fill_(panel.scores, 0)
+        self.pairs.weigh_(panel.scores, panel, self.coefficient)
 
 
 class _SoftplusSumGradient:
@@ -151,16 +148,18 @@ class _SoftplusSumGradient:
     dense = True
 
     def __init__(self, reduction: SoftplusSum, dim: int, grad: Tensor, statistics: list[Tensor]) -> None:
-        self.positive, self.dim, self.grad = reduction.positive, dim, grad
+        self.pairs, self.grad = _Pairs(reduction, dim), grad
 
     def apply_(self, panel: Panel) -> None:
-        weights = None
-        if self.positive is not None:
-            weights = panel.pairs(self.positive).neg().sigmoid_().neg_()
+        excluded, positive = self.pairs.excluded(panel), self.pairs.positive(panel)
+        if positive is not None:
+            positive.negate_(panel.scores)
         panel.scores.sigmoid_()
-        if weights is not None:
-            panel.pairs(self.positive).copy_(weights)  # type: ignore[arg-type]
-        panel.scores.mul_(self.grad[panel.owners(self.dim)].unsqueeze(self.dim))
+        if positive is not None:
+            positive.negate_(panel.scores)
+        if excluded is not None:
+            excluded.fill_(panel.scores, 0)
+        self.pairs.weigh_(panel.scores, panel, self.grad)
 
 
 class _PairScoreGradient:
@@ -170,40 +169,24 @@ class _PairScoreGradient:
         self.pair, self.dim, self.grad = reduction.pair, dim, grad
 
     def apply_(self, panel: Panel) -> None:
-        panel.pairs(self.pair).add_(self.grad[panel.paired(self.pair, self.dim)])
+        if isinstance(self.pair, Diagonal):
+            offset = self.pair.offset
+            start = max(panel.rows.start, panel.cols.start - offset)
+            pairs = panel.diagonal(self.pair)
+            first = start if self.dim == 1 else start + offset
+            pairs.add_(self.grad[first : first + len(pairs)])
+        else:
+            columns, inside = panel.targets(self.pair)
+            panel.scores.scatter_add_(1, columns, self.grad[panel.rows].unsqueeze(1).masked_fill(~inside, 0))
 
 
-#: Of each reduction: `state(reduction, dim, length, like)`, dim 1 for rows, 0 for columns.
+#: Of each reduction: `state(reduction, dim, operands)`, dim 1 for rows, 0 for columns.
 STATES: dict[type, Any] = {LogSumExp: _LogSumExpState, SoftplusSum: _SoftplusSumState, PairScore: _PairScoreState}
-#: `gradient(reduction, dim, upstream gradient, statistics)`; `dense` as above, else it adds to the pairs alone.
+#: `gradient(reduction, dim, upstream gradient, statistics)`.
 GRADIENTS: dict[type, Any] = {
     LogSumExp: _LogSumExpGradient,
     SoftplusSum: _SoftplusSumGradient,
     PairScore: _PairScoreGradient,
 }
-
-
-def _finite(maximum: Tensor) -> Tensor:
-    """0 where the maximum is infinite, so that exp(S - maximum) is 0 or inf there, never NaN."""
-    return maximum.masked_fill(maximum.isinf(), 0)
-
-
-def _exp_(scores: Tensor) -> Tensor:
-    """exp, in place, of scores whose largest is 0 or more: what would underflow becomes the least normal number.
-
-    Beside a 1 in the same sum that is nothing, and torch's exp on CPU takes ten times as long where it underflows.
-    """
-    return scores.clamp_min_(math.log(torch.finfo(scores.dtype).tiny) + 0.1).exp_()
-
-
-def _softplus(scores: Tensor, out: Tensor | None = None) -> Tensor:
-    # F.softplus turns linear above its threshold, which float64 would notice.
-    if scores.device.type != "cpu":
-        return torch.logaddexp(scores, scores.new_zeros(()), out=out)
-    # On CPU logaddexp takes ten times as long as exp, for its log1p. With u = 1 + e rounded, log1p(e) is
-    # log(u) + (e - (u - 1)) / u to the last digit: what rounding took from u is known exactly.
-    small = _exp_(torch.abs(scores, out=out).neg_())
-    one_more = small + 1
-    spare = one_more - 1
-    small.sub_(spare).div_(one_more).add_(one_more.log_())
-    return small.add_(torch.clamp(scores, min=0, out=spare))
+#: How many statistics each keeps for its backward.
+STATISTICS: dict[type, int] = {LogSumExp: 2, SoftplusSum: 0, PairScore: 0}

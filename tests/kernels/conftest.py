@@ -10,15 +10,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pairtile.kernels import use_backend
+from pairtile.kernels.build import operators_obstacle
 
 #: A new backend is added here and passes every test below it.
-BACKENDS = ["reference", "torch"]
+BACKENDS = ["reference", "torch", "cpp"]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    _skip_what_is_not_built(request.param)
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def cpp() -> Iterator[None]:
+    """The cpp backend alone."""
+    _skip_what_is_not_built("cpp")
+    with use_backend("cpp"):
+        yield
+
+
+def _skip_what_is_not_built(name: str) -> None:
+    if name == "cpp" and (obstacle := operators_obstacle()) is not None:
+        pytest.skip(f"pairtile's C++ operators {obstacle}")
+
+
+@pytest.fixture
+def dtype(backend: str) -> torch.dtype:
+    """The widest dtype that the backend serves itself: cpp hands float64 to torch, which would prove nothing."""
+    return torch.float32 if backend == "cpp" else torch.float64
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pairtile.kernels import ClipLoss, info, use_backend
-from pairtile.kernels.backends import select_backend
+from pairtile.kernels import ClipLoss, LogSumExp, info, similarity_reduce, use_backend
+from pairtile.kernels.backends import expected_backend, select_backend
+from pairtile.kernels.build import operators_obstacle
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -26,9 +27,14 @@ def python(code: str, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
+def default_backend() -> str:
+    return "cpp" if operators_obstacle() is None else "torch"
+
+
 def test_the_innermost_choice_wins_over_the_environment(monkeypatch):
     monkeypatch.delenv("PAIRTILE_BACKEND", raising=False)
-    assert select_backend(CPU) == ("torch", "default for cpu")
+    assert select_backend(CPU) == (default_backend(), "default for cpu")
+    assert select_backend(torch.device("cuda")) == ("torch", "default for cuda")
     monkeypatch.setenv("PAIRTILE_BACKEND", "reference")
     assert select_backend(CPU) == ("reference", "PAIRTILE_BACKEND")
     with use_backend("torch"):
@@ -47,12 +53,12 @@ def test_a_choice_belongs_to_its_thread(monkeypatch):
         thread = threading.Thread(target=lambda: seen.append(select_backend(CPU)[0]))
         thread.start()
         thread.join()
-    assert seen == ["torch"]
+    assert seen == [default_backend()]
 
 
 def test_unknown_backends_are_refused_with_the_list(monkeypatch):
     with (
-        pytest.raises(ValueError, match="use_backend: no backend 'cuda'; available here: reference, torch"),
+        pytest.raises(ValueError, match="use_backend: no backend 'cuda'; available here: reference, torch, cpp"),
         use_backend("cuda"),
     ):
         pass
@@ -67,6 +73,63 @@ def test_the_backward_keeps_the_backend_of_its_forward():
         loss = ClipLoss()(x, torch.randn(4, 3), 1.0)
     with use_backend("reference"), pytest.raises(RuntimeError, match="twice on the torch backend"):
         torch.autograd.grad(torch.autograd.grad(loss, x, create_graph=True)[0].sum(), x)
+
+
+def test_cpp_serves_what_it_can_and_torch_the_rest(cpp):
+    for dtype, served in ((torch.float32, "pairtile"), (torch.bfloat16, "pairtile"), (torch.float64, "_Similarity")):
+        x = torch.ones(2, 3, dtype=dtype, requires_grad=True)
+        (lse,), _ = similarity_reduce(x, x, scale=1.0, rows=[LogSumExp()])
+        assert served in lse.grad_fn.name()
+    with pytest.raises(ValueError, match='the backend "cpp", which serves the CPU alone, but tensors are on meta'):
+        select_backend(torch.device("meta"))
+
+
+@pytest.mark.parametrize("chosen", ["use_backend", "environment"])
+def test_cpp_by_name_is_an_error_where_it_cannot_be_built(tmp_path, chosen):
+    code = f"""
+import torch
+from pairtile.kernels import ClipLoss, info, use_backend
+try:
+    with use_backend("{"cpp" if chosen == "use_backend" else "torch"}"):
+        pass
+    ClipLoss()(torch.eye(3), torch.eye(3), 2.0)
+except RuntimeError as error:
+    print(error)
+    print(info().serves)
+"""
+    environment = {"PAIRTILE_BACKEND": "cpp" if chosen == "environment" else ""}
+    printed = python(code, tmp_path, CXX="no-such-compiler", PAIRTILE_CACHE=str(tmp_path), **environment)
+    given_by = {"use_backend": "use_backend", "environment": "PAIRTILE_BACKEND"}[chosen]
+    assert printed.startswith(f'{given_by} asks for the backend "cpp", but pairtile\'s C++ operators are not built')
+    assert "no-such-compiler is not on the PATH" in printed
+
+
+def test_the_default_falls_back_to_torch_after_one_warning(tmp_path):
+    code = """
+import warnings, torch
+from pairtile.kernels import ClipLoss, build
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        ClipLoss()(torch.eye(3), torch.eye(3), 2.0)
+    build()
+print([str(each.message) for each in caught])
+"""
+    printed = python(code, tmp_path, CXX="no-such-compiler", PAIRTILE_CACHE=str(tmp_path), PAIRTILE_BACKEND="")
+    assert printed.count("The torch backend serves on the CPU, because pairtile's C++ operators are not built") == 1
+    assert printed.count("no-such-compiler is not on the PATH") == 1
+
+
+def test_what_would_serve_is_told_without_building_it(monkeypatch, tmp_path):
+    built = operators_obstacle() is None
+    monkeypatch.setenv("PAIRTILE_CACHE", str(tmp_path))
+    monkeypatch.delenv("PAIRTILE_BACKEND", raising=False)
+    if built:
+        assert expected_backend(CPU) == ("cpp", "for cpu; compiled on first use")
+    monkeypatch.setenv("PAIRTILE_BACKEND", "fast")
+    assert expected_backend(CPU)[0] == "none"
+    assert "no backend 'fast'" in str(info())
+    assert not list(tmp_path.iterdir())
 
 
 def test_info_reports_this_machine():

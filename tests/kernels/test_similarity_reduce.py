@@ -8,9 +8,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pairtile.kernels import Diagonal, LogSumExp, PairScore, SoftplusSum, similarity_reduce, use_backend
-from pairtile.kernels.contrastive import torch_compiled
-from pairtile.kernels.contrastive.torch_reductions import _exp_
+from pairtile.kernels import (
+    Diagonal,
+    LogSumExp,
+    PairScore,
+    SoftplusSum,
+    similarity_reduce,
+    use_backend,
+)
+from pairtile.kernels.contrastive.torch_elementwise import exp_
 
 
 def every_reduction(offset: int) -> tuple:
@@ -38,15 +44,15 @@ SHAPES = [(37, 23, 3), (5, 50, -2), (1, 1, 0), (1, 1, 4), (0, 3, 0), (3, 0, 0), 
 
 @pytest.mark.parametrize("budget", [1, 3000, None])
 @pytest.mark.parametrize(("n", "m", "offset"), SHAPES)
-def test_every_reduction_equals_the_dense_formula(backend, embeddings, n, m, offset, budget):
-    x, y = embeddings(n, m, 5)
-    scale, bias = torch.tensor(3.0, dtype=torch.float64), torch.tensor([-0.5], dtype=torch.float64)
-    results, gradients = results_and_gradients(x, y, scale, bias, offset, memory_budget=budget)
+def test_every_reduction_equals_the_dense_formula(backend, dtype, embeddings, n, m, offset, budget):
+    inputs = [each.to(dtype) for each in (*embeddings(n, m, 5), torch.tensor(3.0), torch.tensor([-0.5]))]
+    results, gradients = results_and_gradients(*inputs, offset, memory_budget=budget)
     with use_backend("reference"):
-        expected, expected_gradients = results_and_gradients(x, y, scale, bias, offset)
-    # float64: only the order of summation differs.
+        expected, expected_gradients = results_and_gradients(*(each.double() for each in inputs), offset)
+    # float64: only the order of summation differs. float32: sums of up to 50 terms of size 1, which may cancel.
+    rtol, atol = (1e-11, 1e-12) if dtype == torch.float64 else (3e-6, 3e-5)
     for given, truth in zip([*results, *gradients], [*expected, *expected_gradients]):
-        torch.testing.assert_close(given, truth, rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(given.double(), truth, rtol=rtol, atol=atol)
 
 
 def test_the_dense_formula_itself(embeddings):
@@ -70,7 +76,9 @@ def test_the_dense_formula_itself(embeddings):
         torch.testing.assert_close(cols[4][j], own)
 
 
-def test_gradcheck(backend, embeddings):
+def test_gradcheck(backend, dtype, embeddings):
+    if dtype != torch.float64:
+        pytest.skip("finite differences need float64")
     x, y = embeddings(5, 4, 3)
     scale, bias = torch.tensor(2.5, dtype=torch.float64), torch.tensor(-0.4, dtype=torch.float64)
     reductions = every_reduction(0)[:4]
@@ -83,9 +91,8 @@ def test_gradcheck(backend, embeddings):
 
 
 @pytest.mark.parametrize("wanted", [pair for n in (1, 2) for pair in itertools.combinations(range(4), n)])
-def test_gradients_of_some_inputs_only(backend, embeddings, wanted):
-    x, y = embeddings(7, 9, 3)
-    tensors = [x, y, torch.tensor(2.0, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64)]
+def test_gradients_of_some_inputs_only(backend, dtype, embeddings, wanted):
+    tensors = [each.to(dtype) for each in (*embeddings(7, 9, 3), torch.tensor(2.0), torch.tensor(0.1))]
     _, expected = results_and_gradients(*tensors, 0)
     leaves = [tensor.clone().requires_grad_(k in wanted) for k, tensor in enumerate(tensors)]
     reductions = every_reduction(0)
@@ -95,12 +102,14 @@ def test_gradients_of_some_inputs_only(backend, embeddings, wanted):
     generator = torch.Generator().manual_seed(5)
     total = 0
     for result in (*rows, *cols):
-        weights = torch.randn(result.shape, generator=generator, dtype=torch.float64)
+        weights = torch.randn(result.shape, generator=generator, dtype=torch.float64).to(dtype)
         total = total + (torch.where(result.isinf(), 0, result) * weights).sum()
     total.backward()
     for k, leaf in enumerate(leaves):
         if k in wanted:
-            torch.testing.assert_close(leaf.grad, expected[k], rtol=1e-12, atol=1e-12)
+            # The same sums; an implementation may take another path where nothing else is wanted.
+            tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+            torch.testing.assert_close(leaf.grad, expected[k], rtol=tolerance, atol=tolerance)
         else:
             assert leaf.grad is None
 
@@ -117,8 +126,10 @@ def test_16_bit_features_lose_nothing_beyond_their_own_rounding(backend, embeddi
         finite = truth.isfinite()
         # float32 accumulation and statistics.
         assert relative_error(given[finite], truth[finite]) < 2e-6
-    for given, truth, rounding in zip(gradients, expected_gradients, (*[torch.finfo(dtype).eps] * 2, 1e-5, 1e-5)):
-        # dx and dy are rounded once, to half an eps at most; dscale and dbias, in float32, pass through zero.
+    # dx and dy are rounded once, to half an eps at most; dscale and dbias, in float32, pass through zero. cpp rounds
+    # the weights that multiply the features too, and dscale comes from that product; random errors average out.
+    of_scale = torch.finfo(dtype).eps / 8 if backend == "cpp" else 1e-5
+    for given, truth, rounding in zip(gradients, expected_gradients, (*[torch.finfo(dtype).eps] * 2, of_scale, 1e-5)):
         assert relative_error(given, truth) < rounding
     assert [gradient.dtype for gradient in gradients] == [dtype, dtype, torch.float32, torch.float32]
 
@@ -160,7 +171,7 @@ def test_scores_far_below_the_largest_are_neither_lost_nor_slow(backend, embeddi
         assert relative_error(given, truth, size=1.0) < 400 * 2e-7
     # A number that underflows, in exp above all, costs ten times as much as any other.
     for dtype in (torch.float32, torch.float64):
-        exponentials = _exp_(torch.tensor([0.0, -800.0, -torch.inf, torch.inf, torch.nan], dtype=dtype))
+        exponentials = exp_(torch.tensor([0.0, -800.0, -torch.inf, torch.inf, torch.nan], dtype=dtype))
         assert exponentials[0] == 1
         assert (torch.finfo(dtype).tiny <= exponentials[1:3]).all()
         assert (exponentials[1:3] < 2 * torch.finfo(dtype).tiny).all()
@@ -182,7 +193,8 @@ def test_softplus_has_every_digit_at_any_size(backend, dtype, bound):
         torch.ones(1, 1, dtype=dtype), scores[:, None], scale=1.0, cols=[SoftplusSum(positive=None)]
     )
     truth = scores.double().clamp(min=0) + torch.log1p(scores.double().abs().neg().exp())
-    assert ((losses - truth).abs() / truth).max() < bound
+    # cpp: its vectorised exponential is good to two units in the last place.
+    assert ((losses - truth).abs() / truth).max() < bound * (2 if backend == "cpp" else 1)
     limits = torch.tensor([[torch.inf], [torch.nan], [-torch.inf]], dtype=dtype)
     _, (losses,) = similarity_reduce(torch.ones(1, 1, dtype=dtype), limits, scale=1.0, cols=[SoftplusSum(None)])
     assert losses[0] == torch.inf
@@ -200,11 +212,10 @@ def test_nan_is_not_hidden(backend):
     assert lse_of_column.isnan().all()
 
 
-def test_strides_do_not_matter(backend, embeddings):
-    x, y = embeddings(24, 18, 7)
-    scale, bias = torch.tensor(2.0, dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+def test_strides_do_not_matter(backend, dtype, embeddings):
+    x, y, scale, bias = (each.to(dtype) for each in (*embeddings(24, 18, 7), torch.tensor(2.0), torch.tensor(0.5)))
     expected = results_and_gradients(x, y, scale, bias, 0, memory_budget=3000)
-    strided_y = torch.zeros(36, 7, dtype=torch.float64)
+    strided_y = torch.zeros(36, 7, dtype=dtype)
     strided_y[::2] = y
     reductions = every_reduction(0)
     leaves = [x.T.contiguous().T.requires_grad_(), strided_y[::2].requires_grad_()]
@@ -228,22 +239,15 @@ def test_autocast_does_not_round_the_products(backend, embeddings):
     assert torch.equal(torch.autograd.grad(lse.sum(), x)[0], expected)
 
 
-def test_a_second_derivative_is_refused_clearly(embeddings):
-    x, y = (tensor.requires_grad_() for tensor in embeddings(4, 4, 3))
-    with use_backend("torch"):
-        (lse,), _ = similarity_reduce(x, y, scale=2.0, rows=[LogSumExp()])
+def test_a_second_derivative_is_refused_clearly(backend, dtype, embeddings):
+    x, y = (tensor.to(dtype).requires_grad_() for tensor in embeddings(4, 4, 3))
+    (lse,), _ = similarity_reduce(x, y, scale=2.0, rows=[LogSumExp()])
     (gradient,) = torch.autograd.grad(lse.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice on the torch backend"):
+    if backend == "reference":
         gradient.sum().backward()
-
-
-@pytest.mark.parametrize("bias", [None, 0.5])
-def test_the_operators_for_torch_compile_are_registered_right(embeddings, bias):
-    x, y = (tensor.requires_grad_() for tensor in embeddings(7, 5, 4))
-    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    bias = None if bias is None else torch.tensor(bias, dtype=torch.float64, requires_grad=True)
-    plan = torch_compiled._encode(every_reduction(-2), every_reduction(1))
-    torch.library.opcheck(torch_compiled._forward_op, (x, y, scale, bias, plan, 1000))
+        return
+    with pytest.raises(RuntimeError, match=f"cannot be differentiated twice on the {backend} backend"):
+        gradient.sum().backward()
 
 
 class LargestTensor(TorchDispatchMode):
@@ -280,7 +284,7 @@ def test_one_block_of_logits_at_most(embeddings):
         ({"x": torch.zeros(3, 4, dtype=torch.int64)}, TypeError, r"x is torch.int64"),
         ({"y": [[1.0]]}, TypeError, "y is list"),
         ({"x": torch.zeros(3, 4, device="meta")}, ValueError, "x is on meta, y on cpu"),
-        ({"scale": torch.zeros(3)}, ValueError, r"scale is a torch.float32 tensor of shape \[3\]"),
+        ({"scale": torch.zeros(2)}, ValueError, r"scale is a torch.float32 tensor of shape \[2\]: .* or \[3\]"),
         ({"bias": torch.zeros(1, 1)}, ValueError, "bias is"),
         ({"rows": ["lse"]}, TypeError, "rows holds 'lse'"),
         ({"memory_budget": 0}, ValueError, "memory_budget=0"),

@@ -1,0 +1,114 @@
+"""The operator's tensors: checked, with errors that say what to do, and brought to one dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Bytes of working memory when the caller names none.
+DEFAULT_MEMORY_BUDGET = 64 * 2**20
+
+#: The dtypes that features may have.
+FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_features(x: Tensor, y: Tensor) -> None:
+    """Both are [rows, features], of one width, on one device."""
+    for name, features in (("x", x), ("y", y)):
+        if not isinstance(features, Tensor) or features.dtype not in FEATURE_DTYPES:
+            given = features.dtype if isinstance(features, Tensor) else type(features).__name__
+            raise TypeError(f"{name} is {given}: expected a float16, bfloat16, float32 or float64 tensor")
+        if features.dim() != 2:
+            raise ValueError(f"{name} has shape {list(features.shape)}: expected two dimensions, [rows, features]")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"x {list(x.shape)} and y {list(y.shape)} differ in their last dimension: both must be embeddings of "
+            "one space"
+        )
+    if x.device != y.device:
+        raise ValueError(f"x is on {x.device}, y on {y.device}: move one of them")
+
+
+def factor(
+    value: float | Tensor, name: str, dtype: torch.dtype, device: torch.device, rows: int | None = None
+) -> Tensor:
+    """A scalar as a tensor of shape []; if `rows` is given, one number for each row is taken too, as [rows]."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=dtype, device=device)
+    shapes = ((), (1,)) if rows is None else ((), (1,), (rows,), (rows, 1))
+    if value.shape not in shapes or not value.is_floating_point():
+        expected = "[] or [1]" if rows is None else f"[], [1], or [{rows}] for a temperature of each row's own"
+        raise ValueError(
+            f"{name} is a {value.dtype} tensor of shape {list(value.shape)}: expected a floating point tensor of "
+            f"shape {expected}"
+        )
+    if value.dim():
+        value = value.reshape(() if value.shape == (1,) else -1)
+    return _converted(value, dtype, device)
+
+
+def vector(value: Tensor, name: str, length: int, axis: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A floating point tensor [length], one number for each of `axis` ("row of x", say)."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.shape != (length,):
+        raise ValueError(
+            f"{name} is {described(value)}: expected a floating point tensor of shape [{length}], one for each {axis}"
+        )
+    return _converted(value, dtype, device)
+
+
+def check_indices(value: Tensor, name: str, length: int, axis: str, device: torch.device) -> None:
+    """An int64 tensor [length] on the features' device."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.shape != (length,):
+        raise ValueError(
+            f"{name} is {described(value)}: expected an int64 tensor of shape [{length}], one for each {axis}"
+        )
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, the features are on {device}: move it there")
+
+
+def check_targets(columns: Tensor, n: int, m: int, device: torch.device) -> None:
+    """The columns of a `Target`: int64 [n], each below m."""
+    check_indices(columns, "Target.columns", n, "row of x", device)
+    if torch.compiler.is_compiling() or device.type != "cpu":
+        # Checked where the tensor is, without waiting for it.
+        torch._assert_async((columns < m).all(), f"Target.columns: an entry is not below {m}, the rows of y")
+    elif n and (largest := int(columns.max())) >= m:
+        raise ValueError(
+            f"Target.columns holds {largest}, but y has {m} rows: expected a column of S, or a negative number for a "
+            "row without a pair"
+        )
+
+
+def checked_budget(memory_budget: int | None) -> int:
+    """The bytes of working memory that the caller allows, or the default."""
+    if memory_budget is None:
+        return DEFAULT_MEMORY_BUDGET
+    if memory_budget <= 0:
+        raise ValueError(f"memory_budget={memory_budget}: expected a positive number of bytes")
+    return memory_budget
+
+
+def described(value: object) -> str:
+    return f"a {value.dtype} tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _converted(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if value.dtype == dtype and value.device == device:
+        return value
+    return value.to(device=device, dtype=dtype)
+
+
+def check_precision(precision: str | None, device: torch.device) -> None:
+    """Every product of this version is IEEE arithmetic of the accumulation dtype, unless torch was told otherwise."""
+    if precision is None:
+        return
+    if precision != "ieee":
+        raise ValueError(
+            f'precision={precision!r}: the backends of {device.type} offer "ieee" only in this version (None is the same)'
+        )
+    if torch.get_float32_matmul_precision() != "highest":
+        raise ValueError(
+            'precision="ieee", but torch may round the operands of its products: '
+            f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}. Call "
+            'torch.set_float32_matmul_precision("highest")'
+        )

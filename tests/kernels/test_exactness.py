@@ -1,0 +1,209 @@
+"""Results and every gradient against float64, on random cases: no worse than dense float32 PyTorch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pairtile.kernels import (
+    Diagonal,
+    LogSumExp,
+    PairScore,
+    SameId,
+    SoftplusSum,
+    similarity_reduce,
+    use_backend,
+)
+from pairtile.kernels.build import operators_obstacle
+from similarity_cases import Case, dense_scores, objective, outcome, random_case, random_features, reduce_scores
+
+CASES = 320
+# Below this norm a truth counts as zero, and its error is absolute.
+NEAR_ZERO = 1e-12
+
+
+@contextmanager
+def portable_product(portable: bool) -> Iterator[None]:
+    """Let cpp multiply its tiles with its own loops instead of ATen's brgemm."""
+    if not portable:
+        yield
+        return
+    before = torch.ops.pairtile.use_portable_product(True)
+    try:
+        yield
+    finally:
+        torch.ops.pairtile.use_portable_product(before)
+
+
+def contenders() -> list[tuple[str, bool]]:
+    """(backend, whether cpp's portable tile product is used)."""
+    return [("torch", False)] + ([] if operators_obstacle() else [("cpp", False), ("cpp", True)])
+
+
+# ---- dense PyTorch -------------------------------------------------------------------------------
+
+
+def pair_gradients(case: Case, dtype: torch.dtype) -> Tensor:
+    """G = d objective / dS, dense."""
+    scores = dense_scores(case, dtype).requires_grad_()
+    with use_backend("reference"):
+        total = objective(reduce_scores(scores, case.rows, case.cols), case) + 0 * scores.sum()
+    return torch.autograd.grad(total, scores)[0]
+
+
+def dense_errors(case: Case, truth: dict[str, Tensor], sizes: dict[str, float]) -> dict[str, float]:
+    """What dense float32 PyTorch does to the same inputs: the worst of three orders of summation over D."""
+    errors: dict[str, float] = {}
+    for order in range(3):
+        operands = case.to(torch.float32)
+        permuted = torch.randperm(operands[0].shape[1], generator=torch.Generator().manual_seed(order))
+        operands[:2] = (operands[0][:, permuted], operands[1][:, permuted])
+        with use_backend("reference"):
+            found = outcome(case, operands)
+        for name in ("dx", "dy"):
+            found[name] = found[name][:, permuted.argsort()]
+        for name, value in found.items():
+            errors[name] = max(errors.get(name, 0.0), relative_error(value, truth[name], sizes.get(name, 0.0)))
+    return errors
+
+
+def dense_16_bit_errors(case: Case, truth: dict[str, Tensor], sizes: dict[str, float]) -> dict[str, float]:
+    """The gradients with float32 accumulation and weights G rounded once to the dtype of the features."""
+    dtype = case.operands[0].dtype
+    x, y, scale, *_ = case.to(torch.float32)
+    rounded = pair_gradients(case, torch.float32).to(dtype).float()
+    weighted, column = rounded @ y, scale[:, None] if scale.dim() else scale
+    cosines = (x * weighted).sum(1)
+    found = {
+        "dx": (column * weighted).to(dtype),
+        "dy": (rounded.T @ (column * x)).to(dtype),
+        "dscale": cosines if scale.dim() else cosines.sum(),
+    }
+    return {name: relative_error(value, truth[name], sizes.get(name, 0.0)) for name, value in found.items()}
+
+
+def cancelling_sizes(case: Case) -> dict[str, float]:
+    """Gradients that pass through zero are measured against the sum of the absolute values of their terms."""
+    gradient = pair_gradients(case, torch.float64).abs()
+    cosines = (case.operands[0].double() @ case.operands[1].double().T).abs()
+    terms = gradient * cosines
+    return {
+        "dscale": float(terms.sum(1).norm() if case.operands[2].dim() else terms.sum()),
+        "dbias": float(gradient.sum()),
+        "drow_bias": float(gradient.sum(1).norm()),
+        "dcol_bias": float(gradient.sum(0).norm()),
+    }
+
+
+def relative_error(given: Tensor, truth: Tensor, size: float) -> float:
+    """Norm of the difference over the norm of the truth, or over `size` if that is larger; infinities must agree."""
+    given, truth = given.double(), truth.double()
+    if not torch.equal(given.isinf(), truth.isinf()) or given.isnan().any():
+        return float("inf")
+    given, truth = given.masked_fill(given.isinf(), 0), truth.masked_fill(truth.isinf(), 0)
+    return float((given - truth).norm()) / max(float(truth.norm()), size, NEAR_ZERO)
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_no_worse_than_dense_float32(seed):
+    case = random_case(seed)
+    with use_backend("reference"):
+        truth = outcome(case, case.to(torch.float64))
+    sizes = cancelling_sizes(case)
+    allowed = {name: max(2e-6, 2 * error) for name, error in dense_errors(case, truth, sizes).items()}
+    dtype = case.operands[0].dtype
+    if dtype != torch.float32:
+        for name, error in dense_16_bit_errors(case, truth, sizes).items():
+            # Two ways of rounding the same numbers differ in luck; half an eps is the rounding of dx itself.
+            allowed[name] = max(allowed[name], error * 1.2, torch.finfo(dtype).eps / 2)
+    assert max(allowed.values()) < 0.1, "the bounds must mean something"
+    for backend, portable in contenders():
+        with use_backend(backend), portable_product(portable):
+            found = outcome(case, case.operands)
+        for name, value in found.items():
+            error = relative_error(value, truth[name], sizes.get(name, 0.0))
+            assert error <= allowed[name], (
+                f"{backend}{' portable' * portable}: {name} {error:.2g} > {allowed[name]:.2g}"
+            )
+
+
+# ---- aligned pairs: where dense float32 loses its digits ----------------------------------------------------------
+
+
+def clip_loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """The symmetric cross-entropy in its softplus form, which does not cancel (nor does its float64 reference)."""
+    asked = (LogSumExp(Diagonal()), PairScore())
+    by_row, by_col = similarity_reduce(x, y, scale=scale, rows=asked, cols=asked)
+    return sum(-F.logsigmoid(own - others).mean() / 2 for others, own in (by_row, by_col))
+
+
+@pytest.mark.parametrize(("size", "bound"), [(14.3, 2e-6), (100.0, 1e-5)])
+def test_aligned_pairs_keep_their_digits(backend, embeddings, size, bound):
+    if backend == "reference":
+        pytest.skip("dense float32 is what this compares with")
+    x, y = (each.float().requires_grad_() for each in embeddings(200, 200, 64, cosine=0.95))
+    scale = torch.tensor(size)
+    exact = [each.detach().double().requires_grad_() for each in (x, y)]
+    with use_backend("reference"):
+        truth = torch.autograd.grad(clip_loss(*exact, scale.double()), exact)
+    found = torch.autograd.grad(clip_loss(x, y, scale), (x, y))
+    labels = torch.arange(len(x))
+    logits = scale * x @ y.T
+    dense = torch.autograd.grad((F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2, (x, y))
+    for given, by_torch, expected in zip(found, dense, truth, strict=True):
+        error = relative_error(given, expected, 0.0)
+        assert error < bound
+        assert error * 10 < relative_error(by_torch, expected, 0.0)
+
+
+# ---- the same bits ------------------------------------------------------------------------------------------------
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("seed", range(1000, 1010))
+def test_two_runs_give_the_same_bits(backend, seed):
+    case = random_case(seed)
+    first = outcome(case, case.operands)
+    assert all(same(first, outcome(case, case.operands)) for _ in range(2))
+
+
+def big_case(dtype: torch.dtype, budget: int | None) -> Case:
+    """Several tiles in both directions, so that threads have something to share."""
+    choose, n, m, d = random.Random(0), 531, 777, 65
+    torch.manual_seed(0)
+    x, y = (each.to(dtype) for each in random_features(choose, n, m, d))
+    case = Case([x, y, torch.tensor(20.0), torch.tensor(-1.0), torch.randn(n), torch.randn(m)], budget=budget)
+    ids = SameId(torch.randint(40, (n,)), torch.randint(40, (m,)))
+    case.rows = [LogSumExp(Diagonal()), SoftplusSum((Diagonal(), ids)), PairScore()]
+    case.cols = [LogSumExp(ids, torch.rand(n)), LogSumExp(Diagonal())]
+    case.upstream = [torch.randn(n)] * 3 + [torch.randn(m)] * 2
+    return case
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("losses_only", [False, True])
+def test_any_number_of_threads_gives_the_same_bits(cpp, dtype, losses_only):
+    case = big_case(dtype, None)
+    if losses_only:  # the request of CLIP, which takes shorter paths
+        case.operands[3:] = [None] * 3
+        case.rows, case.cols = case.rows[::2], [case.cols[1], PairScore()]
+        case.upstream = case.upstream[:2] + case.upstream[3:]
+    before = torch.get_num_threads()
+    outcomes = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outcomes.append(outcome(case, case.operands))
+    finally:
+        torch.set_num_threads(before)
+    assert same(outcomes[0], outcomes[1])
+    assert same(outcomes[0], outcomes[2])

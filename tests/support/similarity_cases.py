@@ -1,0 +1,197 @@
+"""Random similarity matrices and requests, and what they come to: shared by the tests that compare with float64."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pairtile.kernels import (
+    AbovePositive,
+    ColumnRange,
+    Diagonal,
+    DifferentId,
+    LogSumExp,
+    PairScore,
+    SameId,
+    SoftplusSum,
+    Target,
+    similarity_reduce,
+    use_backend,
+)
+
+NAMES = ("x", "y", "scale", "bias", "row_bias", "col_bias")
+
+
+@dataclass
+class Case:
+    """Inputs and a request. `operands` in the order of NAMES, None where left out; `upstream` of each result."""
+
+    operands: list[Tensor | None]
+    rows: list = field(default_factory=list)
+    cols: list = field(default_factory=list)
+    upstream: list[Tensor] = field(default_factory=list)
+    budget: int | None = None
+
+    def to(self, dtype: torch.dtype) -> list[Tensor | None]:
+        return [None if each is None else each.to(dtype) for each in self.operands]
+
+
+def random_case(seed: int) -> Case:
+    choose = random.Random(seed)
+    torch.manual_seed(seed)
+    n, m = (choose.choice([0, 1, 1, 2, 3, 7, 16, 17, 33, 64, 65, 101, 130]) for _ in range(2))
+    d = choose.choice([1, 1, 2, 3, 8, 15, 16, 17, 33, 64, 65, 100]) if seed % 40 else 0
+    dtype = choose.choice([torch.float32, torch.float32, torch.float16, torch.bfloat16])
+    x, y = random_features(choose, n, m, d)
+    # Logits: a temperature as in training, or the extremes that a softmax has to survive.
+    size = choose.choice([1.0, 10 ** choose.uniform(0, 2), 14.3, 100.0, 1e4, -1e4])
+    scale = size * torch.rand(n).add(0.5) if choose.random() < 0.2 else torch.tensor(size)
+    case = Case(
+        [
+            strided(choose, x.to(dtype)),
+            strided(choose, y.to(dtype)),
+            scale.float(),
+            torch.tensor(choose.uniform(-10, 10)) if choose.random() < 0.5 else None,
+            torch.randn(n) if choose.random() < 0.3 else None,
+            torch.randn(m) if choose.random() < 0.3 else None,
+        ],
+        budget=choose.choice([None, None, 1, 20_000]),
+    )
+    makers = Makers(choose, case)
+    case.rows = [makers.reduction(1) for _ in range(choose.choice([1, 1, 2, 3]))]
+    case.cols = [makers.reduction(0) for _ in range(choose.choice([0, 1, 1, 2]))]
+    # So that no gradient leaves the range of float16.
+    amplitude = min(1.0, 100 / abs(size))
+    case.upstream = [amplitude * torch.randn(n) for _ in case.rows] + [amplitude * torch.randn(m) for _ in case.cols]
+    return case
+
+
+def random_features(choose: random.Random, n: int, m: int, d: int) -> tuple[Tensor, Tensor]:
+    x, y = F.normalize(torch.randn(n, d), dim=-1), F.normalize(torch.randn(m, d), dim=-1)
+    pairs = min(n, m)
+    if choose.random() < 0.5:  # aligned by position, as at the end of training
+        y[:pairs] = F.normalize(0.95 * x[:pairs] + 0.3 * y[:pairs], dim=-1)
+    if choose.random() < 0.2 and pairs > 2:  # duplicates
+        x[1], y[1], y[2] = x[0], y[0], x[0]
+    return x, y
+
+
+def strided(choose: random.Random, tensor: Tensor) -> Tensor:
+    """The same values in another layout: columns first, every second row, or a part of wider rows."""
+    layout = choose.choice(["plain", "plain", "transposed", "every second", "part"])
+    if layout == "transposed":
+        return tensor.T.contiguous().T
+    if layout == "every second":
+        return torch.stack([tensor, torch.full_like(tensor, torch.nan)], 1).flatten(0, 1)[::2]
+    return F.pad(tensor, (3, 2), value=torch.nan)[:, 3:-2] if layout == "part" else tensor
+
+
+class Makers:
+    """Random rules and reductions for the similarities of one case."""
+
+    def __init__(self, choose: random.Random, case: Case) -> None:
+        self.choose, self.case = choose, case
+        self.n, self.m = case.operands[0].shape[0], case.operands[1].shape[0]
+        # Few different ids make big groups; one alone leaves no row an allowed pair.
+        kinds = choose.choice([1, 2, 5, 50])
+        self.ids = torch.randint(kinds, (self.n,)), torch.randint(kinds, (self.m,))
+
+    def reduction(self, dim: int):
+        kind = self.choose.choice(["lse", "lse", "softplus", "score"])
+        if kind == "score":
+            return PairScore(self.pair(dim))
+        weights = None
+        if self.choose.random() < 0.25:
+            weights = torch.rand(self.m if dim == 1 else self.n)
+            weights[::3] = 0
+        if kind == "lse":
+            return LogSumExp(self.rules(dim), weights)
+        return SoftplusSum(self.choose.choice([None, Diagonal(), self.rules(dim)]), self.rules(dim), weights)
+
+    def pair(self, dim: int) -> Diagonal | Target:
+        if dim == 1 and self.choose.random() < 0.3:
+            return self.target()
+        return Diagonal(self.choose.choice([0, 0, 1, -2, 40]))
+
+    def target(self) -> Target:
+        return Target(torch.randint(-1, self.m, (self.n,)) if self.m else torch.full((self.n,), -1))
+
+    def rules(self, dim: int):
+        count = self.choose.choice([0, 1, 1, 2, 3])
+        return tuple(rule for rule in (self.rule(dim) for _ in range(count)) if rule is not None)
+
+    def rule(self, dim: int):
+        start = self.choose.randint(-2, self.m)
+        kind = self.choose.choice(["diagonal", "diagonal", "target", "same", "different", "range", "above"])
+        if kind == "above":
+            return self.above(dim)
+        return {
+            "diagonal": Diagonal(self.choose.choice([0, 0, 3, -1])),
+            "target": self.target(),
+            "same": SameId(*self.ids),
+            "different": DifferentId(*self.ids),
+            "range": ColumnRange(start, start + self.choose.choice([0, 1, 20, 200])),
+        }[kind]
+
+    def above(self, dim: int) -> AbovePositive | None:
+        """With a margin that no score comes near: which side a borderline pair falls on is not the matter here."""
+        pair, scores = self.pair(dim), dense_scores(self.case, torch.float64)
+        with use_backend("reference"):
+            (own,) = reduce_scores(scores, *(([PairScore(pair)], []) if dim == 1 else ([], [PairScore(pair)])))
+        spread = float(scores.abs().max()) if scores.numel() else 1.0
+        for _ in range(20):
+            margin = self.choose.uniform(-1, 1) * self.choose.choice([0.1, 1.0]) * spread
+            gaps = (scores - (own + margin).unsqueeze(dim)).abs()
+            if not (gaps < 1e-5 * spread).any():
+                return AbovePositive(margin, pair)
+        return None
+
+
+def dense_scores(case: Case, dtype: torch.dtype) -> Tensor:
+    x, y, scale, *biases = case.to(dtype)
+    scores = (scale[:, None] if scale.dim() else scale) * (x @ y.T)
+    for bias, shape in zip(biases, ((), (-1, 1), (1, -1)), strict=True):
+        scores = scores if bias is None else scores + bias.reshape(shape)
+    return scores
+
+
+def reduce_scores(scores: Tensor, rows: list, cols: list) -> list[Tensor]:
+    """Reductions of a matrix that is given: it is its product with the identity."""
+    identity = torch.eye(scores.shape[1], dtype=scores.dtype)
+    results = similarity_reduce(scores, identity, scale=1.0, rows=rows, cols=cols)
+    return [*results[0], *results[1]]
+
+
+def objective(results: list[Tensor], case: Case) -> Tensor:
+    """A scalar whose gradient is `upstream` at every finite result."""
+    parts = [
+        (result.masked_fill(result.isinf(), 0) * upstream.to(result.dtype)).sum()
+        for result, upstream in zip(results, case.upstream, strict=True)
+    ]
+    return torch.stack(parts).sum()
+
+
+def outcome(case: Case, operands: list[Tensor | None]) -> dict[str, Tensor]:
+    """Every result and the gradient of every operand, by name."""
+    leaves = [None if each is None else each.detach().requires_grad_() for each in operands]
+    x, y, scale, bias, row_bias, col_bias = leaves
+    rows, cols = similarity_reduce(
+        x,
+        y,
+        scale=scale,
+        bias=0.0 if bias is None else bias,
+        row_bias=row_bias,
+        col_bias=col_bias,
+        rows=case.rows,
+        cols=case.cols,
+        memory_budget=case.budget,
+    )
+    found = {f"result {k}": result.detach() for k, result in enumerate((*rows, *cols))}
+    total = objective([*rows, *cols], case) + 0 * x.sum()  # which has a graph even where no result has
+    present = {name: leaf for name, leaf in zip(NAMES, leaves, strict=True) if leaf is not None}
+    gradients = torch.autograd.grad(total, list(present.values()), materialize_grads=True)
+    return found | {f"d{name}": gradient for name, gradient in zip(present, gradients, strict=True)}

@@ -41,10 +41,22 @@ def register(name: str) -> Callable[[Callable[..., Objective]], Callable[..., Ob
 
 @register("clip")
 class Clip:
-    """Symmetric InfoNCE over the global batch (CLIP, Radford et al. 2021)."""
+    """Symmetric InfoNCE over the global batch (CLIP, Radford et al. 2021).
 
-    def __init__(self, *, group: dist.ProcessGroup | None, strategy: str = "gather") -> None:
-        self.loss = ClipLoss(group=group, strategy=strategy)
+    ``label_smoothing`` as in ALIGN (0.1); ``direction_weights`` are those of image to text and text to image.
+    """
+
+    def __init__(
+        self,
+        *,
+        group: dist.ProcessGroup | None,
+        strategy: str = "gather",
+        label_smoothing: float = 0.0,
+        direction_weights: tuple[float, float] = (0.5, 0.5),
+    ) -> None:
+        self.loss = ClipLoss(
+            group=group, strategy=strategy, label_smoothing=label_smoothing, direction_weights=direction_weights
+        )
 
     def __call__(self, output: DualOutput, batch: Batch) -> Tensor:
         return self.loss(output.image_features, output.text_features, output.logit_scale)

@@ -12,19 +12,37 @@ if "." in __name__:
 
     from .backends import use_backend
     from .build import build
-    from .contrastive import Diagonal, LogSumExp, PairScore, SoftplusSum, similarity_reduce
+    from .contrastive import (
+        AbovePositive,
+        ColumnRange,
+        Diagonal,
+        DifferentId,
+        LogSumExp,
+        PairScore,
+        SameId,
+        SoftplusSum,
+        Target,
+        similarity_reduce,
+    )
     from .info import info
-    from .losses import ClipLoss, SigLipLoss
+    from .losses import ClipLoss, CoCaLoss, SigLipLoss, linear_cross_entropy
 
     __all__ = [
+        "AbovePositive",
         "ClipLoss",
+        "CoCaLoss",
+        "ColumnRange",
         "Diagonal",
+        "DifferentId",
         "LogSumExp",
         "PairScore",
+        "SameId",
         "SigLipLoss",
         "SoftplusSum",
+        "Target",
         "build",
         "info",
+        "linear_cross_entropy",
         "similarity_reduce",
         "use_backend",
     ]

@@ -12,30 +12,30 @@ shard.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .contrastive.operator import FEATURE_DTYPES
+from .contrastive.arguments import FEATURE_DTYPES
 
 
 @dataclass(frozen=True)
 class Shards:
-    """How a batch lies over the ranks of a group.
+    """How the rows of one tensor lie over the ranks of a group.
 
     Attributes:
         sizes: rows of each rank, in rank order.
         rank: this process' rank in the group.
-        group: the process group; None when the whole batch is here.
-        differentiable: for each tensor, whether any rank wants its gradient.
+        group: the process group; None when all rows are here.
+        differentiable: whether any rank wants the gradient of its rows.
     """
 
     sizes: tuple[int, ...]
     rank: int = 0
     group: dist.ProcessGroup | None = None
-    differentiable: tuple[bool, ...] = ()
+    differentiable: bool = False
 
     @property
     def total(self) -> int:
@@ -43,16 +43,24 @@ class Shards:
 
     @property
     def start(self) -> int:
-        """Position of this rank's first row in the whole batch."""
+        """Position of this rank's first row among all rows."""
         return sum(self.sizes[: self.rank])
 
     @property
     def world_size(self) -> int:
         return len(self.sizes)
 
+    def weight(self, reduction: str) -> float:
+        """What the sum of this rank's terms is multiplied with to give its share L_r: W / N_global, or W for "sum".
+
+        An operator that takes the weight itself sees an upstream gradient of exactly 1.
+        """
+        # Without any row the sum is 0, and `global_mean` makes it NaN.
+        return self.world_size / max(1, self.total) if reduction == "mean" else float(self.world_size)
+
 
 def find_group(group: dist.ProcessGroup | None, world_size: int, rank: int) -> dist.ProcessGroup | None:
-    """The group a loss runs over: the given one, the default one if `world_size` > 1, or None for one process.
+    """The group a loss runs over: the given one, the default one if `world_size` > 1; None where that is one process.
 
     Raises:
         RuntimeError: world_size > 1 and torch.distributed is not initialised.
@@ -74,70 +82,97 @@ def find_group(group: dist.ProcessGroup | None, world_size: int, rank: int) -> d
             f"the loss was made with world_size={world_size}, rank={rank}, but the process group has "
             f"world_size={actual[0]}, rank={actual[1]} here: pass those, or group= alone"
         )
-    return found
+    return found if actual[0] > 1 else None
 
 
-def gather_shards(*tensors: Tensor, group: dist.ProcessGroup | None) -> Shards:
-    """Agree on how the rows of `tensors`, each [n_r, D], lie over the ranks.
-
-    Raises:
-        ValueError: on every rank, if ranks disagree on the width or the dtype of a tensor.
-    """
-    n = tensors[0].shape[0]
-    wanted = tuple(tensor.requires_grad for tensor in tensors)
-    if group is None:
-        return Shards((n,), differentiable=wanted)
-    # One small exchange: rows, then for each tensor its width, its dtype and whether it wants a gradient.
-    mine = [n] + [value for t in tensors for value in (t.shape[1], FEATURE_DTYPES.index(t.dtype), int(t.requires_grad))]
-    world_size = dist.get_world_size(group)
-    described = torch.tensor(mine, dtype=torch.int64, device=tensors[0].device)
-    everyone = described.new_empty(world_size, len(mine))
-    dist.all_gather(list(everyone.unbind()), described, group=group)
-    table = everyone.tolist()
-    for k in range(len(tensors)):
-        kinds = [(row[1 + 3 * k], FEATURE_DTYPES[row[2 + 3 * k]]) for row in table]
-        if len(set(kinds)) > 1:
-            listed = ", ".join(f"rank {r}: width {d}, {dtype}" for r, (d, dtype) in enumerate(kinds))
-            raise ValueError(f"features differ between ranks ({listed}): every rank must pass one width and dtype")
-    differentiable = tuple(any(row[3 + 3 * k] for row in table) for k in range(len(tensors)))
-    return Shards(tuple(row[0] for row in table), dist.get_rank(group), group, differentiable)
-
-
-def gather_rows(shards: Shards, *tensors: Tensor) -> tuple[Tensor, ...]:
+@overload
+def gather(*tensors: Tensor, group: dist.ProcessGroup | None) -> tuple[Shards, tuple[Tensor, ...]]: ...
+@overload
+def gather(*tensors: Tensor | None, group: dist.ProcessGroup | None) -> tuple[Shards, tuple[Tensor | None, ...]]: ...
+def gather(*tensors: Tensor | None, group: dist.ProcessGroup | None) -> tuple[Shards, tuple[Tensor | None, ...]]:
     """All ranks' rows of each tensor: [n_r, D] -> [N_global, D], in rank order, with the exact gradient.
 
     The backward sums the gradients of a row over all ranks and hands each rank its own rows. 16-bit features
     travel as they are; their gradients are summed in float32 and rounded once.
 
     Args:
-        shards: from `gather_shards` of the same tensors.
-        tensors: float tensors [n_r, D].
+        tensors: float tensors [n_r, D], not all of one length; a None, on every rank, stays None.
+        group: the process group; None leaves the tensors as they are.
+
+    Returns:
+        (how the rows of the first tensor lie over the ranks, the gathered tensors).
+
+    Raises:
+        ValueError: on every rank, if ranks disagree on the width or the dtype of a tensor.
     """
-    if shards.group is None:
-        return tensors
+    if group is None:
+        return Shards((next(t.shape[0] for t in tensors if t is not None),)), tensors
+    shards = [layout for layout in _gather_shards(*tensors, group=group) if layout is not None]
+    present = [tensor for tensor in tensors if tensor is not None]
     # A rank whose shard needs no gradient (an empty one, say) must still answer the others in the backward.
     attached = [
-        tensor.detach().requires_grad_() if wanted and not tensor.requires_grad else tensor
-        for tensor, wanted in zip(tensors, shards.differentiable, strict=True)
+        tensor.detach().requires_grad_() if layout.differentiable and not tensor.requires_grad else tensor
+        for tensor, layout in zip(present, shards, strict=True)
     ]
-    gathered: tuple[Tensor, ...] = _GatherRows.apply(shards, *attached)
-    return gathered
+    gathered = iter(_GatherRows.apply(shards, *attached))
+    return shards[0], tuple([None if tensor is None else next(gathered) for tensor in tensors])
+
+
+def _gather_shards(*tensors: Tensor | None, group: dist.ProcessGroup) -> list[Shards | None]:
+    """Agree on how the rows of each tensor lie over the ranks: one small exchange for all of them."""
+    mine = [number for tensor in tensors for number in _description(tensor)]
+    table = _exchange(mine, group, next(t.device for t in tensors if t is not None))
+    shards: list[Shards | None] = []
+    for first in range(0, len(mine), 4):
+        rows, widths, dtypes, wanted = zip(*(row[first : first + 4] for row in table), strict=True)
+        if len(set(zip(widths, dtypes, strict=True))) > 1:
+            listed = ", ".join(
+                f"rank {rank}: " + ("none" if width < 0 else f"width {width}, {FEATURE_DTYPES[dtype]}")
+                for rank, (width, dtype) in enumerate(zip(widths, dtypes, strict=True))
+            )
+            raise ValueError(f"features differ between ranks ({listed}): every rank must pass one width and dtype")
+        shards.append(Shards(rows, dist.get_rank(group), group, any(wanted)) if widths[0] >= 0 else None)
+    return shards
+
+
+def _description(tensor: Tensor | None) -> tuple[int, int, int, int]:
+    """Rows, width, dtype, and whether a gradient is wanted."""
+    if tensor is None:
+        return 0, -1, -1, 0
+    return tensor.shape[0], tensor.shape[1], FEATURE_DTYPES.index(tensor.dtype), int(tensor.requires_grad)
+
+
+def gather_counts(count: int, *, device: torch.device, group: dist.ProcessGroup | None) -> Shards:
+    """`Shards` of rows that stay where they are, of which the other ranks learn the number alone."""
+    if group is None:
+        return Shards((count,))
+    table = _exchange([count], group, device)
+    return Shards(tuple(row[0] for row in table), dist.get_rank(group), group)
+
+
+def _exchange(mine: list[int], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
+    """The numbers of every rank, in rank order."""
+    described = torch.tensor(mine, dtype=torch.int64, device=device)
+    everyone = described.new_empty(dist.get_world_size(group), len(mine))
+    dist.all_gather(list(everyone.unbind()), described, group=group)
+    table: list[list[int]] = everyone.tolist()
+    return table
 
 
 class _GatherRows(torch.autograd.Function):
     """One node for all tensors, so that the backward's collectives have one order on every rank."""
 
     @staticmethod
-    def forward(ctx: Any, shards: Shards, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, shards: list[Shards], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.shards = shards
         ctx.dtypes = [tensor.dtype for tensor in tensors]
-        return tuple(_all_gather(tensor, shards) for tensor in tensors)
+        return tuple(_all_gather(tensor, layout) for tensor, layout in zip(tensors, shards, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         results = [
-            _reduce_scatter(grad, ctx.shards).to(dtype) if wanted else None
-            for grad, dtype, wanted in zip(grads, ctx.dtypes, ctx.shards.differentiable, strict=True)
+            _reduce_scatter(grad, layout).to(dtype) if layout.differentiable else None
+            for grad, dtype, layout in zip(grads, ctx.dtypes, ctx.shards, strict=True)
         ]
         return None, *results
 
@@ -176,7 +211,7 @@ def global_mean(terms: Tensor, shards: Shards, *, reduction: str = "mean", local
     With reduction="mean", L_r = W / N_global * sum(terms); with "sum", L_r = W * sum(terms).
 
     Args:
-        terms: [n_r], differentiable.
+        terms: [n_r], differentiable; or a scalar, their sum times `shards.weight(reduction)`.
         shards: how the batch lies over the ranks.
         reduction: "mean" or "sum"; "none" returns the terms as they are.
         local: return L_r itself instead of the global value with the gradient of L_r.
@@ -187,9 +222,9 @@ def global_mean(terms: Tensor, shards: Shards, *, reduction: str = "mean", local
     """
     if reduction == "none":
         return terms
-    share = terms.sum() * shards.world_size
-    if reduction == "mean":
-        share = share / shards.total
+    share = terms.sum() * shards.weight(reduction) if terms.dim() else terms
+    if reduction == "mean" and shards.total == 0:
+        share = share + torch.nan
     if local or shards.group is None:
         return share
     result: Tensor = _MeanOverRanks.apply(share, shards)

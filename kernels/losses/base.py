@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..contrastive.operator import FEATURE_DTYPES
-from ..distributed import Shards, find_group, gather_shards, global_mean
+from ..contrastive.arguments import FEATURE_DTYPES
+from ..distributed import Shards, find_group, global_mean
 
-_REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r}: expected one of {', '.join(REDUCTIONS)}")
 
 
 class ContrastiveLoss(nn.Module):
@@ -17,16 +22,15 @@ class ContrastiveLoss(nn.Module):
     def __init__(
         self,
         *,
-        rank: int,
-        world_size: int,
-        local_loss: bool,
-        group: dist.ProcessGroup | None,
-        strategy: str,
-        reduction: str,
+        rank: int = 0,
+        world_size: int = 1,
+        local_loss: bool = False,
+        group: dist.ProcessGroup | None = None,
+        strategy: str = "gather",
+        reduction: str = "mean",
     ) -> None:
         super().__init__()
-        if reduction not in _REDUCTIONS:
-            raise ValueError(f"reduction={reduction!r}: expected one of {', '.join(_REDUCTIONS)}")
+        check_reduction(reduction)
         if strategy != "gather":
             raise ValueError(f'strategy={strategy!r}: this version has strategy="gather" only')
         if world_size < 1 or not 0 <= rank < world_size:
@@ -38,25 +42,34 @@ class ContrastiveLoss(nn.Module):
         self.strategy = strategy
         self.reduction = reduction
 
-    def _shards(self, image_features: Tensor, text_features: Tensor, *travelling: Tensor) -> Shards:
-        """Check the batch and agree with the other ranks on how `travelling`, the gathered tensors, lie."""
-        for name, features in (("image_features", image_features), ("text_features", text_features)):
-            if not isinstance(features, Tensor) or features.dtype not in FEATURE_DTYPES:
-                given = features.dtype if isinstance(features, Tensor) else type(features).__name__
-                raise TypeError(f"{name} is {given}: expected a float16, bfloat16, float32 or float64 tensor")
-            if features.dim() != 2:
-                raise ValueError(f"{name} has shape {list(features.shape)}: expected [batch, features]")
-        if image_features.shape != text_features.shape:
-            raise ValueError(
-                f"image_features {list(image_features.shape)} and text_features {list(text_features.shape)} "
-                "differ: row i of both must embed the same pair, in one space"
-            )
-        group = find_group(self.group, self.world_size, self.rank)
-        return gather_shards(*travelling, group=group)
+    def _group(self) -> dist.ProcessGroup | None:
+        """The group that this call runs over; None for one process."""
+        return find_group(self.group, self.world_size, self.rank)
 
-    def _finish(self, terms: Tensor, shards: Shards, output_dict: bool) -> Tensor | dict[str, Tensor]:
-        loss = global_mean(terms, shards, reduction=self.reduction, local=self.local_loss)
-        return {"contrastive_loss": loss} if output_dict else loss
+    def _finish(self, terms: Tensor, shards: Shards) -> Tensor:
+        """The loss from this rank's terms, or from their sum times `shards.weight(self.reduction)`."""
+        return global_mean(terms, shards, reduction=self.reduction, local=self.local_loss)
 
     def extra_repr(self) -> str:
         return f"world_size={self.world_size}, local_loss={self.local_loss}, reduction={self.reduction!r}"
+
+
+def check_pairs(image_features: Tensor, text_features: Tensor) -> None:
+    """Raise unless row i of both can embed the same pair."""
+    check_matrix("image_features", image_features)
+    check_matrix("text_features", text_features)
+    if image_features.shape != text_features.shape:
+        raise ValueError(
+            f"image_features {list(image_features.shape)} and text_features {list(text_features.shape)} "
+            "differ: row i of both must embed the same pair, in one space"
+        )
+
+
+def check_matrix(name: str, features: Tensor, width: int | None = None) -> None:
+    """Raise unless `features` is a floating point matrix (with rows of that width)."""
+    if not isinstance(features, Tensor) or features.dtype not in FEATURE_DTYPES:
+        given = features.dtype if isinstance(features, Tensor) else type(features).__name__
+        raise TypeError(f"{name} is {given}: expected a float16, bfloat16, float32 or float64 tensor")
+    if features.dim() != 2 or (width is not None and features.shape[1] != width):
+        expected = "[batch, features]" if width is None else f"[any, {width}], the width of the batch"
+        raise ValueError(f"{name} has shape {list(features.shape)}: expected {expected}")

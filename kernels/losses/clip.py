@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
+import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..contrastive import Diagonal, LogSumExp, PairScore, similarity_reduce
-from ..distributed import Shards, gather_rows
-from .base import ContrastiveLoss
+from ..contrastive import Diagonal
+from ..contrastive.sums import cross_entropies, cross_entropy_sum
+from ..distributed import Shards, gather
+from .base import ContrastiveLoss, check_matrix, check_pairs
 
 
 class ClipLoss(ContrastiveLoss):
     """Symmetric cross-entropy between images and texts (CLIP, arXiv:2103.00020), in O(batch) memory.
 
-    With S_ij = logit_scale <image_i, text_j>, the term of pair i is the mean of its two cross-entropies,
+    With S_ij = logit_scale <image_i, text_j>, the term of pair i is the weighted sum of its two cross-entropies,
 
-        (-log softmax_j(S_ij)[i] - log softmax_j(S_ji)[i]) / 2,
+        w_it * -log softmax_j(S_ij)[i] + w_ti * -log softmax_j(S_ji)[i],
 
-    and the loss is their mean over the whole batch. Each cross-entropy is computed as
+    and the loss is the terms' mean over the whole batch. Each cross-entropy is computed as
     softplus(log sum_{j != i} exp(S_ij) - S_ii), which does not cancel when pairs are well aligned. The logits
-    are never stored; `pairtile.kernels.similarity_reduce` sweeps them in tiles.
+    are never stored; `pairtile.kernels.similarity_reduce` and its kin sweep them in tiles.
 
     A drop-in for open_clip's class of this name: the same constructor and forward. On several ranks each passes
     its own shard, of any size, also an empty one. The value is the loss of the whole batch on every rank and
@@ -38,9 +42,12 @@ class ClipLoss(ContrastiveLoss):
         group: process group to use instead of the default one; rank and world_size may then be left out.
         strategy: "gather": every rank holds all features during the loss.
         reduction: "mean", "sum" (both over the whole batch), or "none": the terms of this rank's pairs.
+        label_smoothing: eps, as in `F.cross_entropy(label_smoothing=eps)`, to which it is equal: each
+            cross-entropy gains eps (S_ii - mean_j S_ij), the mean over all its columns. Costs O(batch), no sweep.
+        direction_weights: (w_it, w_ti), image to text and text to image. A direction of weight 0 is not computed.
 
     Raises:
-        ValueError: options that this version does not have.
+        ValueError: options that this version does not have, or values outside their range.
     """
 
     def __init__(
@@ -55,15 +62,21 @@ class ClipLoss(ContrastiveLoss):
         group: dist.ProcessGroup | None = None,
         strategy: str = "gather",
         reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        direction_weights: tuple[float, float] = (0.5, 0.5),
     ) -> None:
         super().__init__(
             rank=rank, world_size=world_size, local_loss=local_loss, group=group, strategy=strategy, reduction=reduction
         )
         if use_horovod and world_size > 1:
             raise ValueError("use_horovod=True: the exchange is torch.distributed's; initialise that instead")
+        if not isinstance(label_smoothing, (int, float)) or not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing={label_smoothing!r}: expected a number from 0 to 1")
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
         self.use_horovod = use_horovod
+        self.label_smoothing = float(label_smoothing)
+        self.direction_weights = _checked_weights(direction_weights)
 
     def forward(
         self,
@@ -72,6 +85,9 @@ class ClipLoss(ContrastiveLoss):
         logit_scale: float | Tensor,
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
+        *,
+        negative_text_features: Tensor | None = None,
+        negative_image_features: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of a batch whose rows are aligned: image i belongs to text i.
 
@@ -81,6 +97,10 @@ class ClipLoss(ContrastiveLoss):
             logit_scale: the factor itself (not its logarithm), a float or a tensor of shape [] or [1].
             logit_bias: accepted for drop-in use; a softmax does not depend on it and its gradient is 0.
             output_dict: return {"contrastive_loss": loss}.
+            negative_text_features: [K, D]: texts that belong to no image, more columns of the image to text
+                direction (the hard negatives of NegCLIP, arXiv:2210.01936; a queue). With several ranks those of
+                all ranks, whose numbers may differ; all pass a tensor or none does.
+            negative_image_features: [K', D], the same for text to image.
 
         Returns:
             A scalar in float32 (float64 for float64 features); [batch] for reduction="none".
@@ -88,28 +108,93 @@ class ClipLoss(ContrastiveLoss):
         Raises:
             ValueError, TypeError: shapes or dtypes that do not fit.
         """
-        shards = self._shards(image_features, text_features, image_features, text_features)
-        terms = _cross_entropies(image_features, text_features, logit_scale, shards)
-        if isinstance(logit_bias, Tensor):
+        check_pairs(image_features, text_features)
+        if negative_text_features is not None:
+            check_matrix("negative_text_features", negative_text_features, width=image_features.shape[1])
+        if negative_image_features is not None:
+            check_matrix("negative_image_features", negative_image_features, width=image_features.shape[1])
+        loss = self._loss(
+            image_features, text_features, logit_scale, logit_bias, negative_text_features, negative_image_features
+        )
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _loss(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        scale: float | Tensor,
+        bias: float | Tensor | None = None,
+        negative_texts: Tensor | None = None,
+        negative_images: Tensor | None = None,
+    ) -> Tensor:
+        image_to_text, text_to_image = self.direction_weights
+        of_images = (texts, negative_texts) if image_to_text else (None, None)
+        of_texts = (images, negative_images) if text_to_image else (None, None)
+        batch, (y, y_negative, x, x_negative) = gather(*of_images, *of_texts, group=self._group())
+        if x is not None and y is not None and batch.group is None and (x_negative is None or y_negative is None):
+            # Both directions in one sweep. What is negative belongs to no pair, so that its own term is 0.
+            sweeps = [_Sweep(_joined(x, x_negative), _joined(y, y_negative), image_to_text, text_to_image)]
+        else:
+            sweeps = [_Sweep(images, _joined(y, y_negative), image_to_text)] if y is not None else []
+            sweeps += [_Sweep(texts, _joined(x, x_negative), text_to_image)] if x is not None else []
+        shares = [self._share(sweep, scale, batch) for sweep in sweeps]
+        total = shares[0] if len(shares) == 1 else shares[0] + shares[1]
+        if isinstance(bias, Tensor) and bias.requires_grad:
             # Exactly 0, yet part of the graph: DDP waits for a gradient of every parameter.
-            terms = terms + 0 * logit_bias.reshape(())
-        return self._finish(terms, shards, output_dict)
+            total = total + 0 * bias.reshape(())
+        return self._finish(total, batch)
+
+    def _share(self, sweep: _Sweep, scale: float | Tensor, batch: Shards) -> Tensor:
+        """This rank's terms, [n]; or their sum, with the batch's weight, where the reduction is one."""
+        n, pair = batch.sizes[batch.rank], Diagonal(batch.start)
+        x, y, row_weight, col_weight = sweep
+        if self.reduction == "none":
+            by_row, by_col = cross_entropies(x, y, scale=scale, pair=pair, rows=row_weight != 0, cols=col_weight != 0)
+            weighted = ((row_weight, by_row), (col_weight, by_col))
+            share = torch.stack([weight * terms[:n] for weight, terms in weighted if terms is not None]).sum(0)
+            return share + self.label_smoothing * sweep.smoothing(scale, batch) if self.label_smoothing else share
+        weight = batch.weight(self.reduction)
+        share = cross_entropy_sum(
+            x, y, scale=scale, pair=pair, row_weight=weight * row_weight, col_weight=weight * col_weight
+        )
+        if self.label_smoothing:
+            share = share + weight * self.label_smoothing * sweep.smoothing(scale, batch).sum()
+        return share
 
 
-def _cross_entropies(images: Tensor, texts: Tensor, scale: float | Tensor, shards: Shards) -> Tensor:
-    """[n]: for each of this rank's pairs, the mean of its two cross-entropies over the whole batch."""
-    own = Diagonal(shards.start)
-    asked = (LogSumExp(exclude=own), PairScore(own))
-    if shards.world_size == 1:
-        by_image, by_text = similarity_reduce(images, texts, scale=scale, rows=asked, cols=asked)
-    else:
-        all_images, all_texts = gather_rows(shards, images, texts)
-        by_image, _ = similarity_reduce(images, all_texts, scale=scale, rows=asked)
-        by_text, _ = similarity_reduce(texts, all_images, scale=scale, rows=asked)
-    return (_cross_entropy(*by_image) + _cross_entropy(*by_text)) / 2
+class _Sweep(NamedTuple):
+    """One pass over the scores of x and y. This rank's features come first in x, and in y at the batch's start."""
+
+    x: Tensor
+    y: Tensor
+    row_weight: float
+    col_weight: float = 0.0
+
+    def smoothing(self, scale: float | Tensor, batch: Shards) -> Tensor:
+        """[n]: S_ii - mean_j S_ij of this rank's rows, and the same of its columns, weighted."""
+        # A mean of scores is the score of the mean. In float32 at least, as all statistics are.
+        dtype = torch.promote_types(torch.promote_types(self.x.dtype, self.y.dtype), torch.float32)
+        x, y = self.x.to(dtype), self.y.to(dtype)
+        n, start = batch.sizes[batch.rank], batch.start
+        own, partner = x[:n], y[start : start + n]
+        cosines = self.row_weight * (own * (partner - y.mean(0))).sum(-1)
+        if self.col_weight:
+            cosines = cosines + self.col_weight * (partner * (own - x.mean(0))).sum(-1)
+        return cosines * (scale.reshape(()) if isinstance(scale, Tensor) else scale)
 
 
-def _cross_entropy(others: Tensor, own: Tensor) -> Tensor:
-    # F.softplus turns linear above a threshold, with a relative error of 1e-10 that float64 would show. The last
-    # term is 0, or NaN where the pair's score is infinite: softplus(-inf) = 0 would hide that.
-    return -F.logsigmoid(own - others) + 0 * own
+def _joined(features: Tensor, negatives: Tensor | None) -> Tensor:
+    return features if negatives is None else torch.cat([features, negatives])
+
+
+def _checked_weights(weights: tuple[float, float]) -> tuple[float, float]:
+    try:
+        first, second = (float(weight) for weight in weights)
+    except (TypeError, ValueError):
+        first = second = math.nan
+    if not (0 <= first < math.inf and 0 <= second < math.inf and first + second > 0):
+        raise ValueError(
+            f"direction_weights={weights!r}: expected two numbers of at least 0, not both 0 (image to text, text to "
+            "image)"
+        )
+    return first, second

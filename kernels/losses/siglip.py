@@ -6,8 +6,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..contrastive import Diagonal, SoftplusSum, similarity_reduce
-from ..distributed import gather_rows
-from .base import ContrastiveLoss
+from ..contrastive.sums import sigmoid_sum
+from ..distributed import gather
+from .base import ContrastiveLoss, check_pairs
 
 _OPEN_CLIP_EXCHANGES = (None, "bidir", "shift", "reduce", "gather")
 
@@ -81,9 +82,17 @@ class SigLipLoss(ContrastiveLoss):
         Raises:
             ValueError, TypeError: shapes or dtypes that do not fit.
         """
-        shards = self._shards(image_features, text_features, text_features)
-        (all_texts,) = gather_rows(shards, text_features)
+        check_pairs(image_features, text_features)
+        batch, (all_texts,) = gather(text_features, group=self._group())
         bias = 0.0 if logit_bias is None else logit_bias
-        positive = SoftplusSum(positive=Diagonal(shards.start))
-        (terms,), _ = similarity_reduce(image_features, all_texts, scale=logit_scale, bias=bias, rows=(positive,))
-        return self._finish(terms, shards, output_dict)
+        positive = Diagonal(batch.start)
+        if self.reduction == "none":
+            asked = (SoftplusSum(positive=positive),)
+            (terms,), _ = similarity_reduce(image_features, all_texts, scale=logit_scale, bias=bias, rows=asked)
+        else:
+            weight = batch.weight(self.reduction)
+            terms = sigmoid_sum(
+                image_features, all_texts, scale=logit_scale, bias=bias, positive=positive, weight=weight
+            )
+        loss = self._finish(terms, batch)
+        return {"contrastive_loss": loss} if output_dict else loss

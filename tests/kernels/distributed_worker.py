@@ -13,16 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pairtile.kernels import ClipLoss, SigLipLoss, use_backend
+from pairtile.kernels import ClipLoss, CoCaLoss, SigLipLoss, use_backend
 
-LOSSES = {"clip": ClipLoss, "siglip": SigLipLoss}
+LOSSES = {"clip": ClipLoss, "siglip": SigLipLoss, "coca": CoCaLoss}
+LENGTH, VOCABULARY = 3, 11
 
 
 def two_towers(case: dict) -> nn.ModuleDict:
-    """Linear towers, a scale and a bias, the same on every rank."""
+    """Linear towers, a decoder's head, a scale and a bias, the same on every rank."""
     torch.manual_seed(3)
     dtype = case["dtype"]
     towers = nn.ModuleDict({"image": nn.Linear(6, 5).to(dtype), "text": nn.Linear(4, 5).to(dtype)})
+    towers["decoder"] = nn.Linear(6, LENGTH * 5).to(dtype)
+    towers["vocabulary"] = nn.Linear(5, VOCABULARY, bias=False).to(dtype)
     towers.register_parameter("scale", nn.Parameter(torch.tensor(case["scale"], dtype=dtype)))
     towers.register_parameter("bias", nn.Parameter(torch.tensor([-1.5], dtype=dtype)))
     return towers
@@ -34,16 +37,34 @@ def embed(towers: nn.ModuleDict, images: torch.Tensor, texts: torch.Tensor) -> t
     )
 
 
-def run(case: dict, rank: int, world: int) -> dict:
-    towers = two_towers(case)
+def called(loss: nn.Module, towers: nn.ModuleDict, case: dict, rank: int) -> torch.Tensor:
+    """The value of the case's loss for this rank's part of the batch."""
     images, texts = (part.split(case["sizes"])[rank] for part in (case["images"], case["texts"]))
     features = embed(towers, images, texts)
     if case.get("detach_empty") and len(images) == 0:
         features = tuple(each.detach() for each in features)
+    if case["loss"] == "coca":
+        labels = case["labels"].split(case["sizes"])[rank]
+        hidden = towers["decoder"](images).view(-1, LENGTH, 5)
+        if case["from_hidden"]:
+            head = {"hidden_states": hidden, "vocab_weight": towers["vocabulary"].weight}
+            return sum(loss(*features, None, labels, towers.scale, **head))
+        return sum(loss(*features, towers["vocabulary"](hidden), labels, towers.scale))
+    negatives = {}
+    for kind, sizes in case.get("negatives", {}).items():
+        inputs = case[f"negative_{kind}s"].split(sizes)[rank]
+        pair = embed(towers, inputs, texts[:0]) if kind == "image" else embed(towers, images[:0], inputs)
+        negatives[f"negative_{kind}_features"] = pair[kind == "text"]
+    return loss(*features, towers.scale, towers.bias, **negatives)
+
+
+def run(case: dict, rank: int, world: int) -> dict:
+    towers = two_towers(case)
     place = {"group": dist.group.WORLD} if case.get("by_group") else {"rank": rank, "world_size": world}
-    loss = LOSSES[case["loss"]](**place, **case["options"])
+    weights = (2.0, 1.0) if case["loss"] == "coca" else ()
+    loss = LOSSES[case["loss"]](*weights, **place, **case["options"])
     with use_backend(case["backend"]):
-        value = loss(*features, towers.scale, towers.bias)
+        value = called(loss, towers, case, rank)
     value.sum().backward()
     gradients = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in towers.named_parameters()}
     return {"value": value.detach(), "gradients": gradients}
@@ -55,7 +76,8 @@ def said_by(case: dict, rank: int, world: int) -> dict:
     dtype = torch.float64 if case["differ"] == "dtype" and rank else torch.float32
     try:
         own = (rank + 1) % world if case["differ"] == "rank" else rank
-        ClipLoss(rank=own, world_size=world)(*torch.zeros(2, 3, width, dtype=dtype), 1.0)
+        negatives = {"negative_text_features": torch.zeros(2, width)} if case["differ"] == "negatives" and rank else {}
+        ClipLoss(rank=own, world_size=world)(*torch.zeros(2, 3, width, dtype=dtype), 1.0, **negatives)
     except ValueError as error:
         return {"message": str(error)}
     return {"message": "no error"}

@@ -54,6 +54,7 @@ def test_agrees_with_open_clip_in_float64(backend, embeddings, relative_error, n
     for what, *tensors, size in zip(("value", "dx", "dy", "dscale", "dbias"), truth, eager, exact, given, sizes):
         right, dense, in_double, ours_in_float = tensors
         assert in_double.shape == right.shape
+        # float64 on every backend (cpp hands it to torch): only the order of summation differs.
         assert relative_error(in_double, right, size) < 1e-11, what
         bound = max(2e-6, 2 * relative_error(dense, right, size))
         assert relative_error(ours_in_float, right, size) <= bound, what
@@ -96,20 +97,20 @@ def test_16_bit_features_give_a_float32_loss(backend, embeddings, relative_error
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_reductions(backend, embeddings, name):
-    x, y = embeddings(9, 9, 5)
+def test_reductions(backend, dtype, embeddings, name):
+    x, y = (each.to(dtype) for each in embeddings(9, 9, 5))
     make = LOSSES[name][0]
     terms = make(reduction="none")(x, y, 4.0, -2.0)
     assert terms.shape == (9,)
     torch.testing.assert_close(terms.sum(), make(reduction="sum")(x, y, 4.0, -2.0))
     torch.testing.assert_close(terms.mean(), make()(x, y, 4.0, -2.0))
     torch.testing.assert_close(make()(x, y, torch.tensor([4.0]), torch.tensor([-2.0])), terms.mean())
-    assert make()(x, y, 4.0, -2.0, output_dict=True)["contrastive_loss"].item() == terms.mean().item()
+    assert torch.equal(make()(x, y, 4.0, -2.0, output_dict=True)["contrastive_loss"], make()(x, y, 4.0, -2.0))
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_activation_checkpointing_changes_nothing(backend, embeddings, name):
-    loss, leaves = LOSSES[name][0](), [tensor.requires_grad_() for tensor in embeddings(9, 9, 5)]
+def test_activation_checkpointing_changes_nothing(backend, dtype, embeddings, name):
+    loss, leaves = LOSSES[name][0](), [tensor.to(dtype).requires_grad_() for tensor in embeddings(9, 9, 5)]
     plain = loss(*leaves, 4.0, -2.0)
     replayed = checkpoint(loss, *leaves, 4.0, -2.0, use_reentrant=False)
     assert torch.equal(plain, replayed)
@@ -118,7 +119,8 @@ def test_activation_checkpointing_changes_nothing(backend, embeddings, name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_torch_compile_keeps_the_tiles_out_of_its_graph(backend, embeddings, name):
+def test_torch_compile_keeps_the_tiles_out_of_its_graph(backend, dtype, embeddings, name):
+    torch.compiler.reset()
     loss, graphs = LOSSES[name][0](), []
 
     def remember(graph, inputs):
@@ -127,12 +129,14 @@ def test_torch_compile_keeps_the_tiles_out_of_its_graph(backend, embeddings, nam
 
     compiler = aot_autograd(fw_compiler=remember)
     compiled = torch.compile(loss, fullgraph=True, backend=compiler)
-    leaves = [tensor.requires_grad_() for tensor in embeddings(600, 600, 3)]
-    leaves += [torch.tensor([4.0]).double().requires_grad_(), torch.tensor(-2.0).double().requires_grad_()]
+    numbers = torch.tensor([4.0]), torch.tensor(-2.0)
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in (*embeddings(600, 600, 3), *numbers)]
     given, expected = compiled(*leaves), loss(*leaves)
-    torch.testing.assert_close(given, expected, rtol=1e-14, atol=0)
+    # The same operators in the same order; what stands between them may be fused.
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(given, expected, rtol=50 * eps, atol=0)
     for one, other in zip(torch.autograd.grad(given, leaves), torch.autograd.grad(expected, leaves)):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(one, other, rtol=5000 * eps, atol=50 * eps)
     # Unrolled, the loops over the panels of this batch make several hundred nodes.
     assert max(graphs) < 100
 
@@ -157,8 +161,8 @@ def test_an_infinite_score_of_a_pair_is_not_hidden(backend, x, y, scale):
     assert not ClipLoss()(torch.tensor(x), torch.tensor(y), scale).isfinite()
 
 
-def test_a_missing_bias_is_a_bias_of_zero(backend, embeddings):
-    x, y = embeddings(8, 8, 4)
+def test_a_missing_bias_is_a_bias_of_zero(backend, dtype, embeddings):
+    x, y = (each.to(dtype) for each in embeddings(8, 8, 4))
     assert torch.equal(SigLipLoss()(x, y, 3.0, None), SigLipLoss()(x, y, 3.0, torch.zeros(1)))
     assert torch.equal(ClipLoss()(x, y, 3.0), ClipLoss()(x, y, 3.0, torch.ones(1)))
 

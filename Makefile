@@ -33,8 +33,11 @@ test-fast: $(VENV)/.installed-test  ## without the tests that take more than 20 
 build: $(VENV)/.installed-train  ## compile csrc/ for this machine ahead of the first use
 	$(BIN)/python -c "from pairtile.kernels import build; print(build(verbose=True) or 'nothing was built: the torch backend serves')"
 
+# ARGS="-k siglip" runs a part; PAIRTILE_BENCH_BARS=1 makes a missed bar fail
 bench: $(VENV)/.installed-bench  ## speed, memory and exactness beside open_clip
-	$(BIN)/python -m pytest benchmarks
+	@mkdir -p benchmarks/results
+	env -u OMP_NUM_THREADS $(BIN)/python -m pytest benchmarks $(ARGS) \
+		--benchmark-json=benchmarks/results/$$(date +%Y%m%d-%H%M%S).json
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,63 +1,298 @@
-"""How the suites measure: interleaved rounds, medians, and the peak memory of a run in a process of its own."""
+"""How the suites measure one row: agreement, errors, interleaved rounds, the floor, peak memory, bars.
+
+A suite describes each row as a `Case`; `measure(case)` runs it and returns a `Result`.
+"""
 
 from __future__ import annotations
 
-import json
+import gc
+import math
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .bars import Bar, Judgement, NotMeasured
+from .floor import Floor, FloorMeter
+from .peak import peak_memory
+from .work import Work
+
+#: One call: forward and backward, returning what `Case.results` names.
+Call = Callable[[], list[Tensor]]
+#: Given the leaves, returns the call.
+Prepare = Callable[[list[Tensor]], Call]
+
+#: Seconds. Shorter calls are repeated within a round until they last as long, so that the first of them, which finds
+#: the caches as another contender left them, weighs little.
+_LEAST_BURST = 0.02
 
 
-def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round of each contender, after one warm-up each.
+@dataclass(frozen=True)
+class Contender:
+    """One implementation in a row.
 
-    The contenders take turns within a round: a machine that slows down or speeds up during the run changes
-    all of them alike, and ratios of medians stay comparable.
+    Attributes:
+        name: as printed.
+        prepare: a module's function or a partial of one: it is pickled for the memory run.
+        missing: why it cannot take part here; None if it can.
+        ours: it is one of ours; the first of ours that is there is the one that bars speak of.
+        compiled: it compiles for the sizes it sees first.
     """
-    for contender in contenders.values():
-        contender()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, contender in contenders.items():
-            start = time.perf_counter()
-            contender()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+
+    name: str
+    prepare: Prepare
+    missing: str | None = None
+    ours: bool = False
+    compiled: bool = False
 
 
-def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(each) for name, each in seconds.items()}
+@dataclass(frozen=True)
+class Case:
+    """A row: one piece of work, and those who do it on the same inputs.
+
+    Attributes:
+        name: as printed, e.g. "ClipLoss float32".
+        inputs: makes the leaves of given sizes, the same ones each time; pickled like `Contender.prepare`.
+        sizes: keyword arguments of `inputs` for the measured call.
+        work: what the floor is computed from.
+        contenders: ours first.
+        results: names of what a call returns, the value first, e.g. ("value", "dx", "dy", "dscale").
+        matrix_gradients: those of `results` that the table's column of gradient errors is about.
+        exact: the dense formula, given float64 leaves: the truth of the error columns.
+        error_sizes: where the errors are measured, if float64 at `sizes` takes over 4 GB or too long.
+        small_sizes: sizes of the memory run's first call; None: peak memory is not measured.
+        agreement: largest relative norm by which the contenders may differ from ours before anything is timed.
+        bars: what the row is held to.
+        rounds: interleaved rounds.
+    """
+
+    name: str
+    inputs: Callable[..., list[Tensor]]
+    sizes: Mapping[str, int]
+    work: Work
+    contenders: Sequence[Contender]
+    results: Sequence[str]
+    matrix_gradients: Sequence[str]
+    agreement: float
+    exact: Prepare | None = None
+    error_sizes: Mapping[str, int] | None = None
+    small_sizes: Mapping[str, int] | None = None
+    bars: Sequence[Bar] = ()
+    rounds: int = 5
 
 
-# A child reports the high-water mark of its resident memory (VmHWM), reset after its inputs exist and one small
-# run has loaded every library, minus what is resident at that moment.
-_CHILD = """
-import json, sys
+@dataclass
+class Measured:
+    """Of one contender: seconds of one call in each round, peak bytes, and the error of each result."""
 
-def status(field):
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+    seconds: list[float]
+    calls_per_round: int
+    errors: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int | None = None
 
-exec(sys.argv[1])
-small()
-with open("/proc/self/clear_refs", "w") as control:
-    control.write("5")
-before = status("VmRSS")
-large()
-print(json.dumps(status("VmHWM") - before))
-"""
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def interquartile(self) -> float:
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return high - low
 
 
-def peak_memory(setup: str) -> int:
-    """Peak resident bytes that a run adds to its inputs, in a fresh Linux process.
+@dataclass
+class Result:
+    """What `measure` found. Methods that get no name speak of our own first contender.
+
+    Attributes:
+        subject: its name.
+        missing: the contenders that did not take part, and why.
+        gradient_bytes: what the gradients take, in everybody's peak.
+        call: our own, for pytest-benchmark; dropped afterwards, since it holds the leaves.
+    """
+
+    case: Case
+    subject: str
+    threads: int
+    floor: Floor
+    measured: dict[str, Measured]
+    missing: dict[str, str]
+    gradient_bytes: int
+    call: Call | None
+    judgements: list[Judgement] = field(default_factory=list)
+
+    def _of(self, name: str | None) -> Measured:
+        name = name or self.subject
+        if name not in self.measured:
+            raise NotMeasured(f"{name}: {self.missing.get(name, 'not a contender of this row')}")
+        return self.measured[name]
+
+    def median(self, name: str | None = None) -> float:
+        return self._of(name).median
+
+    def peak(self, name: str | None = None) -> int:
+        peak = self._of(name).peak_bytes
+        if peak is None:
+            raise NotMeasured("peak memory was not measured")
+        return peak
+
+    def floor_seconds(self) -> float:
+        return self.floor.seconds(self.case.work)
+
+    def share(self, name: str | None = None) -> float:
+        """The floor of the row's algorithm over the time taken, whatever algorithm took it."""
+        return self.floor_seconds() / self.median(name)
+
+
+def forward_and_backward(make_loss: Callable[[], Callable[..., Tensor]], leaves: list[Tensor]) -> Call:
+    """A training step of a loss: its value, then the gradient of each leaf that requires one."""
+    loss = make_loss()
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+
+    def call() -> list[Tensor]:
+        value = loss(*leaves)
+        return [value.detach(), *torch.autograd.grad(value, wanted)]
+
+    return call
+
+
+def in_float32(prepare: Prepare, leaves: list[Tensor]) -> Call:
+    """`prepare` on float32 copies of 16-bit leaves, made before the clock runs."""
+    return prepare(_converted(leaves, torch.float32))
+
+
+def measure(case: Case, meter: FloorMeter | None = None) -> Result:
+    """Run one row.
 
     Args:
-        setup: Python source that defines `large()`, the run to measure with its inputs made and touched, and
-            `small()`, the same at a size that does not matter, which loads libraries and starts threads.
+        case: the row.
+        meter: what measures the floor, three times per row; one for the row's dtype if none is given.
+
+    Raises:
+        AssertionError: contenders that do not compute the same function, or a result that is not finite.
+        ValueError: none of ours can run.
     """
-    done = subprocess.run([sys.executable, "-c", _CHILD, setup], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"the memory run failed:\n{done.stderr}")
-    return int(json.loads(done.stdout.splitlines()[-1]))
+    torch.compiler.reset()  # recompilations of earlier rows would count towards dynamo's limit
+    present = [each for each in case.contenders if each.missing is None]
+    missing = {each.name: each.missing for each in case.contenders if each.missing is not None}
+    subject = next((each.name for each in present if each.ours), None)
+    if subject is None:
+        raise ValueError(f"{case.name}: none of our own contenders can run here: {missing}")
+
+    leaves = case.inputs(**case.sizes)
+    calls = {each.name: each.prepare(leaves) for each in present}
+    assert_agreement(case, calls, subject)
+    meter = meter or FloorMeter(case.work.dtype)
+    measured = timed(calls, case.rounds, between=meter.sample)
+    errors = measured_errors(case, present)
+    for each in present:
+        measured[each.name].errors = errors.get(each.name, {})
+        if case.small_sizes is not None:
+            measured[each.name].peak_bytes = peak_memory(
+                case.inputs, case.sizes, case.small_sizes, each.prepare, compiled=each.compiled
+            )
+    result = Result(
+        case=case,
+        subject=subject,
+        threads=torch.get_num_threads(),
+        floor=meter.floor(),
+        measured=measured,
+        missing=missing,
+        gradient_bytes=sum(leaf.nbytes for leaf in leaves if leaf.requires_grad),
+        call=calls[subject],
+    )
+    result.judgements = [bar.judge(result) for bar in case.bars]
+    return result
+
+
+def assert_agreement(case: Case, calls: Mapping[str, Call], subject: str) -> None:
+    """All contenders compute one function, on the inputs that are timed; also their first warm-up."""
+    ours = calls[subject]()
+    for name, call in calls.items():
+        given = ours if name == subject else call()
+        for result, ours_of_it, others_of_it in zip(case.results, ours, given, strict=True):
+            difference = relative_error(others_of_it, ours_of_it)
+            where = f"{case.name}: {result} of {name}"
+            assert bool(others_of_it.isfinite().all()), f"{where} is not finite"
+            assert difference <= case.agreement, f"{where} differs from {subject}'s by {difference:.1e}"
+
+
+def relative_error(given: Tensor, truth: Tensor) -> float:
+    """Norm of the difference over the norm of the truth."""
+    given, truth = given.detach().double(), truth.detach().double()
+    return float((given - truth).norm() / truth.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def measured_errors(case: Case, contenders: Sequence[Contender]) -> dict[str, dict[str, float]]:
+    """The relative error of each result of each contender against the dense formula in float64."""
+    if case.exact is None:
+        return {}
+    leaves = case.inputs(**(case.error_sizes or case.sizes))
+    truth = case.exact(_converted(leaves, torch.float64))()
+    return {
+        each.name: {
+            result: relative_error(given, expected)
+            for result, given, expected in zip(case.results, each.prepare(leaves)(), truth, strict=True)
+        }
+        for each in contenders
+    }
+
+
+def timed(calls: Mapping[str, Call], rounds: int, *, between: Callable[[], None] = lambda: None) -> dict[str, Measured]:
+    """Seconds of each round of each contender; every one has been called at least once before.
+
+    The contenders take turns within a round, and each round begins with another one: a machine that slows down
+    or speeds up during the run changes all of them alike, and nobody always runs on a neighbour's warm cache.
+    `between` is called before, halfway through and after the rounds.
+    """
+    names = list(calls)
+    repeats = {name: _calls_per_round(calls[name], rounds) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    between()
+    with _no_garbage_collection():
+        for turn in range(rounds):
+            if turn > 0 and turn == rounds // 2:
+                between()
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                seconds[name].append(_burst(calls[name], repeats[name]))
+    between()
+    return {name: Measured(seconds[name], repeats[name]) for name in names}
+
+
+def _calls_per_round(call: Call, rounds: int) -> int:
+    # A row of a single round is one whose calls take long: no second warm-up.
+    return 1 if rounds == 1 else max(1, math.ceil(_LEAST_BURST / _burst(call, 1)))
+
+
+def _burst(call: Call, calls: int) -> float:
+    """Seconds per call."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    # A collection takes longer than a small row, and would hit whoever runs when it is due.
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _converted(leaves: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies in another floating dtype that require gradients where the leaves do."""
+    return [
+        leaf.detach().to(dtype).requires_grad_(leaf.requires_grad) if leaf.is_floating_point() else leaf
+        for leaf in leaves
+    ]

@@ -1,0 +1,1 @@
+"""Speed, memory and exactness beside other libraries; README.md says how to run the suites and how to read them."""

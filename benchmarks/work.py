@@ -1,0 +1,55 @@
+"""What a row has to do at least: the FLOPs of the algorithm chosen and the bytes that must move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of one call, forward and backward.
+
+    Attributes:
+        flops: of the algorithm chosen, matrix products alone.
+        least_bytes: every input read once, every gradient written once.
+        dtype: of the products' operands; its rate makes the floor.
+        formula: how `flops` comes about, for the reader of the table.
+    """
+
+    flops: float
+    least_bytes: float
+    dtype: torch.dtype
+    formula: str
+
+
+def kept_share(n: int, m: int, budget: int) -> float:
+    """Share of the n x m exponentials that a memory budget of `budget` bytes keeps from forward to backward.
+
+    They are float32; the other 15% of the budget are for panels and statistics.
+    """
+    return min(1.0, 0.85 * budget / (4 * n * m))
+
+
+def symmetric_work(n: int, m: int, d: int, dtype: torch.dtype, budget: int) -> Work:
+    """A softmax along rows and along columns: the backward needs both sums, so it makes again what was not kept.
+
+    One product forward, dx and dy backward, and a second product for the tiles that are made again.
+    """
+    again = 1 - kept_share(n, m, budget)
+    return Work(
+        flops=(6 + 2 * again) * n * m * d,
+        least_bytes=_inputs_and_gradients(n, m, d, dtype),
+        dtype=dtype,
+        formula=f"{6 + 2 * again:.2f} N M D",
+    )
+
+
+def one_sweep_work(n: int, m: int, d: int, dtype: torch.dtype) -> Work:
+    """A loss whose gradient is known block row by block row (sigmoid, one direction): S, dx and dy, once each."""
+    return Work(6 * n * m * d, _inputs_and_gradients(n, m, d, dtype), dtype, "6 N M D")
+
+
+def _inputs_and_gradients(n: int, m: int, d: int, dtype: torch.dtype) -> float:
+    return 2 * (n + m) * d * dtype.itemsize

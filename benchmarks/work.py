@@ -25,11 +25,14 @@ class Work:
 
 
 def kept_share(n: int, m: int, budget: int) -> float:
-    """Share of the n x m exponentials that a memory budget of `budget` bytes keeps from forward to backward.
+    """Share of the n x m scores that a memory budget of `budget` bytes keeps from forward to backward.
 
-    They are float32; the other 15% of the budget are for panels and statistics.
+    Chunk by chunk of rows, in float32, in what the panels leave of the budget (csrc/cpu/problem.cpp).
     """
-    return min(1.0, 0.85 * budget / (4 * n * m))
+    rows = min(256, max(32, -(-n // 128) * 16))
+    chunks = -(-n // rows)
+    fitting = (budget - min(budget // 4, 14 * 2**20)) // (4 * rows * max(16, -(-m // 16) * 16))
+    return min(chunks, fitting) / chunks
 
 
 def symmetric_work(n: int, m: int, d: int, dtype: torch.dtype, budget: int) -> Work:

@@ -50,6 +50,7 @@ class TypedSweep final : public Sweep {
   static constexpr int64_t kLeanCols = 64;         // ... and these columns of dy are one task's
   static constexpr int64_t kWholeRows = 4096;      // features up to this width are converted whole
   static constexpr int64_t kPanelRows = 2048;
+  static constexpr int64_t kPartialBytes = 2 << 20;
   static constexpr int64_t kSerialFlops = 1 << 20;  // below this, waking threads costs more than it saves
 
  public:
@@ -79,7 +80,10 @@ class TypedSweep final : public Sweep {
 
   std::vector<Statistics> forward(float* kept, int64_t kept_chunks) override {
     Reducer reducer(problem_, plan_, tiles_, mode_);
-    for_each_panel(kept, kept_chunks, [&](int64_t first, int64_t last, float* store, int64_t stored) {
+    // Nothing but partial results of columns bounds the height of a panel here: all chunks, if those stay small.
+    const int64_t partial_bytes = 2 * panel_blocks_ * tiles_.cols * static_cast<int64_t>(sizeof(float));
+    const int64_t chunks = std::max(panel_chunks_, kPartialBytes / (partial_bytes * std::max<int64_t>(reducer.slots(), 1)));
+    for_each_panel(chunks, kept, kept_chunks, [&](int64_t first, int64_t last, float* store, int64_t stored) {
       forward_panel(first, last, reducer, store, stored);
     });
     return reducer.statistics(0, n_);
@@ -90,7 +94,7 @@ class TypedSweep final : public Sweep {
     const Weigher weigher(problem_, plan_, tiles_, mode_, upstream);
     Gradients gradients = start_gradients(needed);
     // Removed pairs are put back into stored tiles: they are as const as they look, one thread at a time.
-    for_each_panel(const_cast<float*>(kept), kept_chunks, [&](int64_t first, int64_t last, float* store, int64_t stored) {
+    for_each_panel(panel_chunks_, const_cast<float*>(kept), kept_chunks, [&](int64_t first, int64_t last, float* store, int64_t stored) {
       backward_panel(first, last, weigher, needed, store, stored, losses, gradients);
     });
     finish_gradients(needed, gradients);
@@ -153,9 +157,9 @@ class TypedSweep final : public Sweep {
 
   // body(first chunk, last chunk, their stored cosines, how many of them are stored)
   template <typename Body>
-  void for_each_panel(float* kept, int64_t kept_chunks, const Body& body) {
-    for (int64_t first = 0; first < tiles_.chunks; first += panel_chunks_) {
-      const int64_t last = std::min(first + panel_chunks_, tiles_.chunks);
+  void for_each_panel(int64_t chunks, float* kept, int64_t kept_chunks, const Body& body) {
+    for (int64_t first = 0; first < tiles_.chunks; first += chunks) {
+      const int64_t last = std::min(first + chunks, tiles_.chunks);
       const int64_t stored = std::clamp<int64_t>(kept_chunks - first, 0, last - first);
       body(first, last, stored == 0 ? nullptr : kept + first * tiles_.chunk_floats(), stored);
     }
@@ -507,9 +511,13 @@ class TypedSweep final : public Sweep {
       const int64_t cols = tiles_.cols_of(block + b, m_), width = width_of(block + b);
       for (int64_t chunk = 0; chunk < last - first; ++chunk) {
         const int64_t depth = padded_depth<Operand>(tiles_.rows_of(first + chunk, n_));
-        product(features, cols, depth, turned_.data() + (chunk * d_ + k) * tiles_.rows, tiles_.rows,
-                weights_.data() + (b * (last - first) + chunk) * tiles_.cols * tiles_.rows, width,
-                dy + (block + b) * tiles_.cols * d_ + k * cols, cols, first + chunk > 0);
+        const Operand* features_of_chunk = turned_.data() + (chunk * d_ + k) * tiles_.rows;
+        const Operand* weights = shared_tile(b, chunk, last - first);
+        float* to = dy + (block + b) * tiles_.cols * d_ + k * cols;
+        for (int64_t c = 0; c < cols; c += kStrip) {
+          product(features, std::min(kStrip, cols - c), depth, features_of_chunk, tiles_.rows, weights + c * kPair, width,
+                  to + c, cols, first + chunk > 0);
+        }
       }
     });
   }

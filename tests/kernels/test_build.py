@@ -119,8 +119,9 @@ def test_a_library_that_does_not_load_is_a_warning_too(monkeypatch):
     library.write_bytes(b"not a library")
     # Said once: by info(), if this process asks for the operators here for the first time, or by build().
     with pytest.warns(RuntimeWarning, match="The torch backend serves on the CPU.* failed to load: "):
-        assert "cannot be loaded" in info().extension
-        assert build() is None
+        said, built = info().extension, build()
+    assert "cannot be loaded" in said
+    assert built is None
 
 
 def test_the_build_directory_depends_on_the_flags_and_the_cache(monkeypatch, tmp_path):

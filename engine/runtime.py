@@ -81,8 +81,7 @@ def _join(rank: int, local_rank: int, world_size: int, backend: str, timeout_min
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
-    extensions = Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache_directory() / "extensions")))
-    clear_stale_build_locks(extensions)
+    clear_stale_build_locks(fix_build_folders())
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -91,6 +90,17 @@ def _join(rank: int, local_rank: int, world_size: int, backend: str, timeout_min
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+
+
+def fix_build_folders() -> Path:
+    """Where this process and what it starts keep their builds; returns the folder of DeepSpeed's operators.
+
+    cache_directory() looks below TORCH_EXTENSIONS_DIR where that is set. Ours is therefore fixed before it is: what
+    `make build` has compiled is found, and not compiled once more in the first step.
+    """
+    cache = cache_directory()
+    os.environ["PAIRTILE_CACHE"] = str(cache)
+    return Path(os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache / "extensions")))
 
 
 _in_use: list[int] = []  # file descriptors whose shared lock says "a pairtile process is alive here"

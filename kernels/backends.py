@@ -85,20 +85,21 @@ def select_backend(device: torch.device) -> tuple[str, str]:
     """
     chosen, given_by = _chosen.get(), "use_backend"
     if chosen is None and (named := os.environ.get(_ENVIRONMENT)):
-        chosen, given_by = _checked(named, _ENVIRONMENT), _ENVIRONMENT
+        chosen, given_by = named, _ENVIRONMENT
     if chosen is None:
         return (_cpu_default() if device.type == "cpu" else "torch"), f"default for {device.type}"
     if chosen == "cpp" and device.type != "cpu":
         raise ValueError(
             f'{given_by} asks for the backend "cpp", which serves the CPU alone, but tensors are on {device.type}'
         )
-    return chosen, given_by
+    # use_backend has checked its own; that of the environment may be built only now.
+    return (_checked(chosen, given_by) if given_by == _ENVIRONMENT else chosen), given_by
 
 
 def expected_backend(device: torch.device) -> tuple[str, str]:
     """As `select_backend`, without compiling anything: what would serve, and the reason."""
     named = _chosen.get() or os.environ.get(_ENVIRONMENT) or ("cpp" if device.type == "cpu" else "torch")
-    if named == "cpp" and built_library() is None and missing_tool() is None:
+    if named == "cpp" and device.type == "cpu" and built_library() is None and missing_tool() is None:
         return "cpp", f"for {device.type}; compiled on first use"
     try:
         return select_backend(device)

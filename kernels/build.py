@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ _GUARD = ".exclusive_build"
 _BRGEMM_SYMBOL = b"_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb"
 
 _log = logging.getLogger(__name__)
+_first_use = threading.RLock()
 
 
 def cache_directory() -> Path:
@@ -234,6 +236,11 @@ def operators_obstacle() -> str | None:
 
     Tried once in a process: a failure is remembered like a success.
     """
+    with _first_use:  # functools.cache lets two threads in
+        return _load_operators()
+
+
+def _load_operators() -> str | None:
     if built_library() is None and missing_tool() is None:
         _log.warning("compiling pairtile's C++ operators for this machine: a minute or two, once")
     _, obstacle = _attempt()

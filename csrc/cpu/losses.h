@@ -24,7 +24,7 @@ Plan cross_entropy_plan(const CrossEntropy& loss);
 // weight * sum over rows (columns) with a partner of softplus(LSE over the others - S of the partner).
 double cross_entropy_value(const Problem& problem, const CrossEntropy& loss, const CrossEntropyState& state);
 
-// d value / d (results of cross_entropy_plan's reductions), times `upstream`; for rows begin : end alone, or all.
+// d value / d (results of cross_entropy_plan's reductions), times `upstream`.
 void cross_entropy_upstream(const Problem& problem, const CrossEntropy& loss, const CrossEntropyState& state,
                             double upstream, std::vector<Upstream>& out);
 

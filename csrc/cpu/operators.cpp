@@ -281,11 +281,13 @@ std::vector<Tensor> similarity_reduce(const Tensor& x, const Tensor& y, const Te
 
 // ---- cross_entropy_sum ------------------------------------------------------------------------------------------
 
-CrossEntropy make_cross_entropy(const OptionalTensor& targets, int64_t offset, double row_weight, double col_weight) {
+CrossEntropy make_cross_entropy(const Problem& problem, const OptionalTensor& targets, int64_t offset,
+                                double row_weight, double col_weight) {
   TORCH_CHECK(!targets || col_weight == 0, "cross_entropy_sum: targets belong to rows; col_weight=", col_weight,
               " needs the diagonal");
-  TORCH_CHECK(!targets || (targets->scalar_type() == at::kLong && targets->is_contiguous()),
-              "cross_entropy_sum: targets must be contiguous int64");
+  TORCH_CHECK(!targets || (targets->scalar_type() == at::kLong && targets->is_contiguous() &&
+                           targets->numel() == problem.n),
+              "cross_entropy_sum: targets must be contiguous int64, one for each row of x");
   return {{offset, targets ? targets->const_data_ptr<int64_t>() : nullptr}, row_weight, col_weight};
 }
 
@@ -295,7 +297,7 @@ std::vector<Tensor> cross_entropy_forward(const Tensor& x, const Tensor& y, cons
                                           const OptionalTensor& targets, int64_t offset, double row_weight,
                                           double col_weight, int64_t budget, std::array<bool, 3> wanted) {
   const Problem problem = make_problem(x, y, scale, std::nullopt, std::nullopt, std::nullopt, budget);
-  const CrossEntropy loss = make_cross_entropy(targets, offset, row_weight, col_weight);
+  const CrossEntropy loss = make_cross_entropy(problem, targets, offset, row_weight, col_weight);
   const bool any = wanted[0] || wanted[1] || wanted[2];
   if (any && col_weight == 0) {
     Gradients gradients;
@@ -321,7 +323,7 @@ std::vector<Tensor> cross_entropy_backward(const Tensor& x, const Tensor& y, con
                                            const Tensor& cols, const Tensor& own, const Tensor& kept,
                                            const Tensor& grad, std::array<bool, 3> wanted) {
   const Problem problem = make_problem(x, y, scale, std::nullopt, std::nullopt, std::nullopt, budget);
-  const CrossEntropy loss = make_cross_entropy(std::nullopt, offset, row_weight, col_weight);
+  const CrossEntropy loss = make_cross_entropy(problem, std::nullopt, offset, row_weight, col_weight);
   const double* scores = own.const_data_ptr<double>();
   const CrossEntropyState state{to_statistics(rows), to_statistics(cols), {scores, scores + own.numel()}};
   std::vector<Upstream> upstream;

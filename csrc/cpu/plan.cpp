@@ -16,6 +16,8 @@ class Reader {
     Reduction read;
     read.by_row = next() == 1;
     read.kind = static_cast<Kind>(next());
+    TORCH_CHECK(read.kind >= Kind::kLogSumExp && read.kind <= Kind::kPairScore, "plan: no reduction has the kind ",
+                static_cast<int64_t>(read.kind));
     const int64_t weights = next();
     const int64_t positive = next(), exclude = next();
     if (weights >= 0) {

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kTileRows = 256, kTileCols = 256;
 constexpr int64_t kLeastRows = 32, kLeastStoredRows = 64;
 constexpr int64_t kWorkingBytes = int64_t{14} << 20;
-constexpr int64_t kStoredChunks = 4;
+constexpr int64_t kStoredChunks = 2;
 
 at::Tensor as_float(const at::Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); }
 

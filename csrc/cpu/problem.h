@@ -54,8 +54,9 @@ int64_t kept_chunks(const Problem& problem, const Tiles& tiles);
 // A bound of |S|; infinite where a scale is not positive, a column bias is given, or a number is not finite.
 double score_bound(const Problem& problem);
 
-// Up to this bound exp(S) is safe without a shift: exp(80) times the 256 terms that a tile adds in float is far below
-// the largest float, and exp(-80) far above the least.
-constexpr double kSafeScore = 80.0;
+// Up to this bound exp(S) is safe without a shift, in sums and in weights exp(S) * (gradient / sum). The factor
+// of an owner whose m scores are all 50 is a normal float, with all its digits, while gradient / m is above 6e-17. (At
+// 80 that was 7e-4, and the mean over a batch lost its digits.)
+constexpr double kSafeScore = 50.0;
 
 }  // namespace pairtile

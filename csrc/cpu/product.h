@@ -10,8 +10,8 @@
 namespace pairtile {
 
 // A [m, k] row by row. B [k, n]: float row by row; bfloat16 in pairs along k, [k/2][n][2], k even, ldb in pairs.
-// C [m, n] float, row by row; `add` keeps what C holds. Every entry of C is one chain of fused multiply-adds along
-// k: its bits do not depend on m and n.
+// C [m, n] float, row by row; `add` keeps what C holds. The bits of an
+// entry of C do not depend on m and n; they do on how a long k is cut into several calls.
 void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
              int64_t ldc, bool add);
 void product(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb,

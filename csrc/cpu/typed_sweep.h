@@ -47,6 +47,7 @@ class TypedSweep final : public Sweep {
   static constexpr int64_t kDepth = 512;           // of one product, along k
   static constexpr int64_t kOwned = 256;           // features of dy that one task of step 3 adds up
   static constexpr int64_t kLeanRows = 2048;       // up to here features may stay unpacked ...
+  static constexpr int64_t kFullRows = 256;        // or, swept in one go, chunks are lower than this: S is wide
   static constexpr int64_t kLeanCols = 64;         // ... and these columns of dy are one task's
   static constexpr int64_t kWholeRows = 4096;      // features up to this width are converted whole
   static constexpr int64_t kPanelRows = 2048;
@@ -66,7 +67,8 @@ class TypedSweep final : public Sweep {
         x_(problem.x.const_data_ptr<In>()),
         y_(problem.y.const_data_ptr<In>()),
         serial_(2 * n_ * m_ * d_ < kSerialFlops),
-        lean_(kDirect && n_ <= kLeanRows && std::min(n_, m_) < 2 * d_) {
+        lean_(kDirect && (n_ <= kLeanRows ? std::min(n_, m_) < 2 * d_ : in_one_go && tiles_.rows < kFullRows)),
+        group_(lean_ && n_ <= kLeanRows ? kDepth / tiles_.rows : 1) {
     const int64_t workers = serial_ ? 1 : at::get_num_threads();
     const float* scales = problem.scales();
     one_scale_ = std::all_of(scales, scales + n_, [scales](float scale) { return scale == scales[0]; });
@@ -103,7 +105,7 @@ class TypedSweep final : public Sweep {
 
   Gradients forward_backward(Needed needed, const UpstreamOf& upstream_of) override {
     // As many chunks at a time as the budget stores. If that would leave threads idle, tiles are multiplied twice.
-    const int64_t fitting = kept_chunks(problem_, tiles_);
+    const int64_t fitting = whole_groups(kept_chunks(problem_, tiles_));
     const bool stores = fitting >= std::min<int64_t>(scratch_.size(), tiles_.chunks);
     const int64_t step = stores ? std::clamp<int64_t>(fitting, 1, panel_chunks_) : panel_chunks_;
     Buffer<float> cosines(stores ? step * tiles_.chunk_floats() : 0);
@@ -150,10 +152,15 @@ class TypedSweep final : public Sweep {
       const int64_t each = tiles_.cols * size * (depth_ + height + (lean_ ? 0 : d_));
       panel_blocks_ = std::clamp<int64_t>((working_bytes(problem_) - fixed) / each, 1, blocks);
       if (fixed + panel_blocks_ * each <= working_bytes(problem_) || panel_chunks_ == 1) {
+        panel_chunks_ = std::max(whole_groups(panel_chunks_), std::min(panel_chunks_, group_));
         return;
       }
     }
   }
+
+  // Panels end between groups of chunks, so that how many chunks one holds, which may depend on the threads, does not
+  // show in the bits of dy.
+  int64_t whole_groups(int64_t chunks) const { return chunks >= tiles_.chunks ? chunks : chunks / group_ * group_; }
 
   // body(first chunk, last chunk, their stored cosines, how many of them are stored)
   template <typename Body>
@@ -488,12 +495,13 @@ class TypedSweep final : public Sweep {
     if constexpr (kDirect) {
       const int64_t height = (last - first) * tiles_.rows, rows = std::min(height, n_ - first * tiles_.rows);
       const int64_t parts = ceil_div(tiles_.cols, kLeanCols), slices = ceil_div(d_, kDepth);
+      const int64_t group_rows = group_ * tiles_.rows;
       float* dy = dy_.template mutable_data_ptr<float>();
       run((end - block) * parts * slices, [&](int64_t task, int64_t) {
         const int64_t b = task / (parts * slices), start = task / slices % parts * kLeanCols, k = task % slices * kDepth;
         const int64_t cols = std::min(kLeanCols, tiles_.cols_of(block + b, m_) - start);
-        for (int64_t r = 0; r < rows && cols > 0; r += kDepth) {
-          product(cols, std::min(kDepth, d_ - k), std::min(kDepth, rows - r),
+        for (int64_t r = 0; r < rows && cols > 0; r += group_rows) {
+          product(cols, std::min(kDepth, d_ - k), std::min(group_rows, rows - r),
                   shared_tile(b, 0, last - first) + start * height + r, height, x_ + (first * tiles_.rows + r) * d_ + k, d_,
                   dy + ((block + b) * tiles_.cols + start) * d_ + k, d_, first > 0 || r > 0);
         }
@@ -570,7 +578,8 @@ class TypedSweep final : public Sweep {
   const int64_t n_, m_, d_, depth_;
   const In *x_, *y_;
   const bool serial_, lean_;
-  bool one_scale_;  // all rows have the same
+  const int64_t group_;  // chunks that one product of step 3 adds up
+  bool one_scale_;       // all rows have the same
   int64_t panel_chunks_ = 1, panel_blocks_ = 1;
   std::vector<Scratch> scratch_;
   // Shared by the threads, a panel at a time.

@@ -5,6 +5,7 @@ For torch.compile, which runs a program on tensors without data, it also says wh
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ def similarity_reduce(
     return tuple(torch.ops.pairtile.similarity_reduce(x, y, scale, bias, row_bias, col_bias, numbers, metadata, budget))
 
 
+@functools.cache  # a second registration is an error
 def register_fakes() -> None:
     """Say what the operators return for tensors without data. Called when the library has been loaded."""
     for name, fake in (

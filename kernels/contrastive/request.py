@@ -46,9 +46,11 @@ class Request:
         """Those of one direction, dim 1 for `rows`, 0 for `cols`.
 
         Raises:
-            TypeError: a reduction or a rule of an unknown kind.
+            TypeError: a reduction or a rule of an unknown kind; a reduction that is in no list.
             ValueError: tensors of a wrong length, dtype or device; a target that is no column.
         """
+        if isinstance(given, (LogSumExp, SoftplusSum, PairScore)):
+            raise TypeError(f"{name} is one {type(given).__name__}: expected a list of them, {name}=[...]")
         return tuple([self._reduction(each, name, dim) for each in given])
 
     def _reduction(self, reduction: Reduction, name: str, dim: int) -> Reduction:

@@ -52,6 +52,8 @@ def cross_entropy_sum(
     """
     if col_weight and not isinstance(pair, Diagonal):
         raise ValueError(f"col_weight={col_weight} with {type(pair).__name__}: a column has no target; use Diagonal")
+    if not isinstance(pair, (Diagonal, Target)):
+        raise TypeError(f"pair is {pair!r}: expected Diagonal(...) or Target(...)")
     operands = _fused_operands(x, y, scale)
     if operands is not None:
         budget = checked_budget(memory_budget)
@@ -133,6 +135,8 @@ def sigmoid_sum(
     Raises:
         ValueError, TypeError: as `similarity_reduce`.
     """
+    if not isinstance(positive, Diagonal):
+        raise TypeError(f"positive is {positive!r}: expected Diagonal(...)")
     operands = _fused_operands(x, y, scale)
     if operands is not None:
         shift = None if isinstance(bias, (int, float)) and bias == 0 else factor(bias, "bias", torch.float32, x.device)

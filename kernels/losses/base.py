@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..contrastive.arguments import FEATURE_DTYPES
+from ..contrastive.arguments import FEATURE_DTYPES, described
 from ..distributed import Shards, find_group, global_mean
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -46,6 +47,15 @@ class ContrastiveLoss(nn.Module):
         """The group that this call runs over; None for one process."""
         return find_group(self.group, self.world_size, self.rank)
 
+    def _weights(self, shards: Shards) -> tuple[float, float]:
+        """What the operator multiplies its sum with, and what its result is multiplied with: `shards.weight` together.
+
+        Inside the operator the weight costs nothing. But torch.compile takes a number there as a constant, so that
+        every batch size would be compiled anew: traced, it stays outside.
+        """
+        weight = shards.weight(self.reduction)
+        return (1.0, weight) if torch.compiler.is_compiling() else (weight, 1.0)
+
     def _finish(self, terms: Tensor, shards: Shards) -> Tensor:
         """The loss from this rank's terms, or from their sum times `shards.weight(self.reduction)`."""
         return global_mean(terms, shards, reduction=self.reduction, local=self.local_loss)
@@ -63,6 +73,12 @@ def check_pairs(image_features: Tensor, text_features: Tensor) -> None:
             f"image_features {list(image_features.shape)} and text_features {list(text_features.shape)} "
             "differ: row i of both must embed the same pair, in one space"
         )
+
+
+def check_scalar(name: str, value: object) -> None:
+    """Raise if a tensor has more than one entry: the operators take one for each row, the losses do not."""
+    if isinstance(value, Tensor) and value.shape not in ((), (1,)):
+        raise ValueError(f"{name} is {described(value)}: expected a number, or a tensor of shape [] or [1]")
 
 
 def check_matrix(name: str, features: Tensor, width: int | None = None) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..contrastive import Diagonal
 from ..contrastive.sums import cross_entropies, cross_entropy_sum
 from ..distributed import Shards, gather
-from .base import ContrastiveLoss, check_matrix, check_pairs
+from .base import ContrastiveLoss, check_matrix, check_pairs, check_scalar
 
 
 class ClipLoss(ContrastiveLoss):
@@ -127,6 +127,8 @@ class ClipLoss(ContrastiveLoss):
         negative_texts: Tensor | None = None,
         negative_images: Tensor | None = None,
     ) -> Tensor:
+        check_scalar("logit_scale", scale)
+        check_scalar("logit_bias", bias)
         image_to_text, text_to_image = self.direction_weights
         of_images = (texts, negative_texts) if image_to_text else (None, None)
         of_texts = (images, negative_images) if text_to_image else (None, None)
@@ -141,7 +143,7 @@ class ClipLoss(ContrastiveLoss):
         total = shares[0] if len(shares) == 1 else shares[0] + shares[1]
         if isinstance(bias, Tensor) and bias.requires_grad:
             # Exactly 0, yet part of the graph: DDP waits for a gradient of every parameter.
-            total = total + 0 * bias.reshape(())
+            total = total + 0 * bias.reshape(()).to(total.dtype)
         return self._finish(total, batch)
 
     def _share(self, sweep: _Sweep, scale: float | Tensor, batch: Shards) -> Tensor:
@@ -153,13 +155,13 @@ class ClipLoss(ContrastiveLoss):
             weighted = ((row_weight, by_row), (col_weight, by_col))
             share = torch.stack([weight * terms[:n] for weight, terms in weighted if terms is not None]).sum(0)
             return share + self.label_smoothing * sweep.smoothing(scale, batch) if self.label_smoothing else share
-        weight = batch.weight(self.reduction)
+        inside, outside = self._weights(batch)
         share = cross_entropy_sum(
-            x, y, scale=scale, pair=pair, row_weight=weight * row_weight, col_weight=weight * col_weight
+            x, y, scale=scale, pair=pair, row_weight=inside * row_weight, col_weight=inside * col_weight
         )
         if self.label_smoothing:
-            share = share + weight * self.label_smoothing * sweep.smoothing(scale, batch).sum()
-        return share
+            share = share + inside * self.label_smoothing * sweep.smoothing(scale, batch).sum()
+        return share if outside == 1 else share * outside
 
 
 class _Sweep(NamedTuple):

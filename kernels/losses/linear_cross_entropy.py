@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contrastive.arguments import FEATURE_DTYPES
+from ..contrastive.arguments import FEATURE_DTYPES, described
 from ..contrastive.reductions import Target
 from ..contrastive.sums import cross_entropies, cross_entropy_sum
-from .base import check_matrix, check_reduction
+from .base import check_matrix, check_reduction, check_scalar
 
 
 def linear_cross_entropy(
@@ -52,7 +52,8 @@ def linear_cross_entropy(
     """
     _check_shapes(hidden, vocabulary, targets, bias)
     check_reduction(reduction)
-    rows, columns = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    check_scalar("scale", scale)
+    rows, columns = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1)
     counted = columns != ignore_index
     if torch.compiler.is_compiling():
         count: int | Tensor = counted.sum()
@@ -105,8 +106,13 @@ def _check_shapes(hidden: Tensor, vocabulary: Tensor, targets: Tensor, bias: Ten
         raise ValueError(
             f"targets has shape {list(targets.shape)}: expected {list(hidden.shape[:-1])}, one for each hidden state"
         )
-    if bias is not None and bias.shape != vocabulary.shape[:1]:
-        raise ValueError(f"bias has shape {list(bias.shape)}: expected [{vocabulary.shape[0]}], as the vocabulary")
+    if bias is not None and (
+        not isinstance(bias, Tensor) or not bias.is_floating_point() or bias.shape != vocabulary.shape[:1]
+    ):
+        raise ValueError(
+            f"bias is {described(bias)}: expected a floating point tensor of shape [{vocabulary.shape[0]}], one for "
+            "each row of the vocabulary"
+        )
 
 
 def _check_range(columns: Tensor, size: int, ignore_index: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..contrastive import Diagonal, SoftplusSum, similarity_reduce
 from ..contrastive.sums import sigmoid_sum
 from ..distributed import gather
-from .base import ContrastiveLoss, check_pairs
+from .base import ContrastiveLoss, check_pairs, check_scalar
 
 _OPEN_CLIP_EXCHANGES = (None, "bidir", "shift", "reduce", "gather")
 
@@ -83,6 +83,8 @@ class SigLipLoss(ContrastiveLoss):
             ValueError, TypeError: shapes or dtypes that do not fit.
         """
         check_pairs(image_features, text_features)
+        check_scalar("logit_scale", logit_scale)
+        check_scalar("logit_bias", logit_bias)
         batch, (all_texts,) = gather(text_features, group=self._group())
         bias = 0.0 if logit_bias is None else logit_bias
         positive = Diagonal(batch.start)
@@ -90,9 +92,10 @@ class SigLipLoss(ContrastiveLoss):
             asked = (SoftplusSum(positive=positive),)
             (terms,), _ = similarity_reduce(image_features, all_texts, scale=logit_scale, bias=bias, rows=asked)
         else:
-            weight = batch.weight(self.reduction)
+            inside, outside = self._weights(batch)
             terms = sigmoid_sum(
-                image_features, all_texts, scale=logit_scale, bias=bias, positive=positive, weight=weight
+                image_features, all_texts, scale=logit_scale, bias=bias, positive=positive, weight=inside
             )
+            terms = terms if outside == 1 else terms * outside
         loss = self._finish(terms, batch)
         return {"contrastive_loss": loss} if output_dict else loss

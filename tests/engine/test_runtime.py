@@ -8,8 +8,9 @@ import torch
 from curves import environment
 from pairtile.engine.errors import PairtileError
 from pairtile.engine.model import DualOutput
-from pairtile.engine.runtime import Runtime, clear_stale_build_locks, environment_rank, seed_step
+from pairtile.engine.runtime import Runtime, clear_stale_build_locks, environment_rank, fix_build_folders, seed_step
 from pairtile.engine.statistics import in_batch_accuracy
+from pairtile.kernels.build import build_directory
 
 ALIVE = """
 import sys, time
@@ -46,6 +47,18 @@ def test_locks_are_kept_while_a_sibling_is_alive(tmp_path):
     (tmp_path / "lock").touch()
     clear_stale_build_locks(tmp_path)
     assert (tmp_path / "lock").exists()
+
+
+@pytest.mark.parametrize("extensions", [None, "theirs"])
+def test_what_was_built_before_is_found_by_the_trainer(monkeypatch, tmp_path, extensions):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PAIRTILE_CACHE", "")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "theirs"))
+    if extensions is None:
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    before = build_directory()
+    assert fix_build_folders() == tmp_path / (extensions or "pairtile/extensions")
+    assert build_directory() == before
 
 
 def test_rank_from_the_environment(monkeypatch):

@@ -84,6 +84,26 @@ def test_cpp_serves_what_it_can_and_torch_the_rest(cpp):
         select_backend(torch.device("meta"))
 
 
+FIRST_USE = """
+import threading, torch
+from pairtile.kernels import ClipLoss
+together, values = threading.Barrier(4), []
+def use():
+    together.wait()
+    values.append(ClipLoss()(torch.eye(3), torch.eye(3), 2.0).item())
+threads = [threading.Thread(target=use) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(values), len(set(values)))
+"""
+
+
+def test_threads_may_share_the_first_use(tmp_path):
+    assert python(FIRST_USE, tmp_path, PAIRTILE_BACKEND="").strip() == "4 1"
+
+
 @pytest.mark.parametrize("chosen", ["use_backend", "environment"])
 def test_cpp_by_name_is_an_error_where_it_cannot_be_built(tmp_path, chosen):
     code = f"""
@@ -126,6 +146,10 @@ def test_what_would_serve_is_told_without_building_it(monkeypatch, tmp_path):
     monkeypatch.delenv("PAIRTILE_BACKEND", raising=False)
     if built:
         assert expected_backend(CPU) == ("cpp", "for cpu; compiled on first use")
+    monkeypatch.setenv("PAIRTILE_BACKEND", "cpp")
+    assert expected_backend(torch.device("cuda"))[0] == "none"
+    with pytest.raises(ValueError, match='PAIRTILE_BACKEND asks for the backend "cpp", which serves the CPU alone'):
+        select_backend(torch.device("cuda"))
     monkeypatch.setenv("PAIRTILE_BACKEND", "fast")
     assert expected_backend(CPU)[0] == "none"
     assert "no backend 'fast'" in str(info())

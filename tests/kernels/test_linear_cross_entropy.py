@@ -131,7 +131,10 @@ def test_terms_and_assertions_under_torch_compile(backend):
         ({"hidden": torch.zeros(2, 4)}, ValueError, r"hidden \[2, 4\] and vocabulary \[5, 3\] differ"),
         ({"hidden": [[1.0]]}, TypeError, "hidden is list"),
         ({"vocabulary": torch.zeros(5)}, ValueError, r"vocabulary has shape \[5\]"),
-        ({"bias": torch.zeros(4)}, ValueError, r"bias has shape \[4\]: expected \[5\]"),
+        ({"bias": torch.zeros(4)}, ValueError, r"bias is a torch.float32 tensor of shape \[4\]: .* of shape \[5\]"),
+        ({"bias": torch.zeros(5).long()}, ValueError, "bias is a torch.int64 tensor"),
+        ({"bias": [0.0]}, ValueError, r"bias is \[0.0\]"),
+        ({"scale": torch.ones(2)}, ValueError, r"scale is .* of shape \[2\]: expected a number, or a tensor of shape"),
         ({"reduction": "avg"}, ValueError, "reduction='avg'"),
     ],
 )

@@ -141,6 +141,31 @@ def test_torch_compile_keeps_the_tiles_out_of_its_graph(backend, dtype, embeddin
     assert max(graphs) < 100
 
 
+# The dense backend is plain PyTorch: that it compiles says nothing about us.
+@pytest.mark.parametrize("backend", ["torch", "cpp"], indirect=True)
+@pytest.mark.parametrize("name", LOSSES)
+def test_torch_compile_and_export_take_batches_of_any_size(backend, dtype, embeddings, name):
+    """The weight 1/N of a mean must not be a constant of the graph: eight such graphs, and torch gives up."""
+    torch.compiler.reset()
+    loss, graphs = LOSSES[name][0](), []
+
+    def remember(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def batch(n):
+        return [*(each.to(dtype) for each in embeddings(n, n, 3, seed=n)), torch.tensor([4.0]), torch.tensor(-2.0)]
+
+    compiled = torch.compile(loss, fullgraph=True, backend=remember)
+    size = torch.export.Dim("size", min=2)
+    free = ({0: size}, {0: size}, None, None)
+    exported = torch.export.export(loss, tuple(batch(16)), dynamic_shapes=free).module()
+    for n in (12, 20, 37, 50):
+        for given in (compiled(*batch(n)), exported(*batch(n))):
+            torch.testing.assert_close(given, loss(*batch(n)))
+    assert len(graphs) == 2, "one for the first size, one for all others"
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_empty_batch_has_no_mean(backend, name):
     x = torch.zeros(0, 4, requires_grad=True)
@@ -201,5 +226,9 @@ def test_batches_that_do_not_fit_are_refused(name):
         loss(torch.zeros(1, 1), [[1.0]], 1.0, None)
     with pytest.raises(TypeError, match=r"image_features is torch.int64"):
         loss(torch.zeros(3, 4, dtype=torch.long), torch.zeros(3, 4), 1.0, None)
+    with pytest.raises(ValueError, match=r"logit_scale is .* of shape \[3\]: expected a number, or a tensor of shape"):
+        loss(torch.zeros(3, 4), torch.zeros(3, 4), torch.ones(3), None)
+    with pytest.raises(ValueError, match=r"logit_bias is .* of shape \[1, 1\]: expected a number"):
+        loss(torch.zeros(3, 4), torch.zeros(3, 4), 1.0, torch.ones(1, 1))
     with pytest.raises(RuntimeError, match=r"world_size=2, but torch.distributed is not initialised"):
         LOSSES[name][0](world_size=2)(torch.zeros(3, 4), torch.zeros(3, 4), 1.0, None)

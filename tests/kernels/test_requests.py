@@ -69,6 +69,7 @@ BAD = [
     ({"rows": [SoftplusSum(3)]}, TypeError, "3 is no pair rule"),
     ({"rows": [LogSumExp(weights=torch.ones(4))]}, ValueError, r"weights of a reduction of rows is .*\[4\].*\[3\]"),
     ({"cols": [LogSumExp(weights=ID)]}, ValueError, "weights of a reduction of cols is a torch.int64"),
+    ({"rows": LogSumExp()}, TypeError, r"rows is one LogSumExp: expected a list of them, rows=\[...\]"),
     ({"row_bias": torch.zeros(2)}, ValueError, r"row_bias is .*\[2\]: expected a floating point tensor of shape \[3\]"),
     ({"col_bias": 0.0}, ValueError, "col_bias is 0.0"),
     ({"scale": torch.zeros(3, 3)}, ValueError, r"scale is .*\[3, 3\]: .* or \[3\] for a temperature"),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from against_float64 import assert_as_exact
-from pairtile.kernels import Diagonal, Target
+from pairtile.kernels import Diagonal, SameId, Target
 from pairtile.kernels.contrastive.sums import cross_entropy_sum, sigmoid_sum
 
 SHAPES = [(33, 33, 0), (20, 41, 7), (41, 20, -9), (5, 60, 58), (30, 7, 3), (1, 1, 0), (6, 5, 40)]
@@ -98,6 +98,32 @@ def test_sigmoid_sums(backend, embeddings, n, m, offset, budget):
         assert_as_exact(ours, dense, [*embeddings(n, m, 9, seed=n), torch.tensor([bias])], scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["both directions", "rows", "targets", "sigmoid"])
+def test_any_number_of_threads_gives_the_same_bits(cpp, embeddings, kind, dtype):
+    """Several tiles in both directions, so that threads have something to share."""
+    leaves = [each.to(dtype).requires_grad_() for each in embeddings(531, 777, 65)]
+    scale = torch.tensor(20.0, requires_grad=True)
+    weights = {"row_weight": 0.5, "col_weight": 2.0 if kind == "both directions" else 0.0}
+    pair = Target(torch.arange(531) * 5 % 777) if kind == "targets" else Diagonal(3)
+
+    def outcome(threads):
+        torch.set_num_threads(threads)
+        if kind == "sigmoid":
+            total = sigmoid_sum(*leaves, scale=scale, bias=-5.0)
+        else:
+            total = cross_entropy_sum(*leaves, scale=scale, pair=pair, **weights)
+        return [total.detach(), *torch.autograd.grad(total, [*leaves, scale])]
+
+    before = torch.get_num_threads()
+    try:
+        first, *others = (outcome(threads) for threads in (1, 2, 3))
+    finally:
+        torch.set_num_threads(before)
+    for other in others:
+        assert all(torch.equal(one, two) for one, two in zip(first, other, strict=True))
+
+
 @pytest.mark.parametrize(("n", "m"), [(0, 0), (0, 3), (3, 0)])
 def test_sums_over_nothing_are_zero(backend, n, m):
     x, y = torch.zeros(n, 4, requires_grad=True), torch.zeros(m, 4, requires_grad=True)
@@ -116,6 +142,10 @@ def test_arguments_that_do_not_fit_are_refused(backend):
         cross_entropy_sum(x, x, scale=1.0, pair=Target(columns + 1))
     with pytest.raises(ValueError, match=r"Target.columns is a torch.int64 tensor of shape \[2\]"):
         cross_entropy_sum(x, x, scale=1.0, pair=Target(columns[1:]))
+    with pytest.raises(TypeError, match=r"pair is SameId.*expected Diagonal\(...\) or Target\(...\)"):
+        cross_entropy_sum(x, x, scale=1.0, pair=SameId(columns, columns))
+    with pytest.raises(TypeError, match=r"positive is Target.*expected Diagonal\(...\)"):
+        sigmoid_sum(x, x, scale=1.0, positive=Target(columns))
     for function in (cross_entropy_sum, sigmoid_sum):
         with pytest.raises(ValueError, match=r"x \[3, 4\] and y \[3, 5\] differ in their last dimension"):
             function(x, torch.zeros(3, 5), scale=1.0)

@@ -44,7 +44,8 @@ struct Tiles {
   int64_t chunk_floats() const { return rows * width; }
 };
 
-// Bytes beside the stored tiles: panels of packed operands and weights, and each thread's own tile.
+// Bytes beside the stored tiles, for panels of packed operands and weights. Each thread's own tile, half a MiB or so,
+// comes on top.
 int64_t working_bytes(const Problem& problem);
 
 // Chunks (the first ones) whose cosines fit what the budget leaves, kept from the forward to the backward.

@@ -46,9 +46,9 @@ class TypedSweep final : public Sweep {
   static constexpr int64_t kPair = kFloats ? 1 : 2;                      // bfloat16 operands B come in pairs of rows
   static constexpr int64_t kDepth = 512;           // of one product, along k
   static constexpr int64_t kOwned = 256;           // features of dy that one task of step 3 adds up
-  static constexpr int64_t kLeanRows = 2048;       // up to here features may stay unpacked ...
-  static constexpr int64_t kFullRows = 256;        // or, swept in one go, chunks are lower than this: S is wide
-  static constexpr int64_t kLeanCols = 64;         // ... and these columns of dy are one task's
+  static constexpr int64_t kLeanRows = 2048;       // up to here features may stay as they lie,
+  static constexpr int64_t kFullRows = 256;        // or where chunks had to be lower than this, because S is wide;
+  static constexpr int64_t kLeanCols = 64;         // these columns of dy are then one task's
   static constexpr int64_t kWholeRows = 4096;      // features up to this width are converted whole
   static constexpr int64_t kPanelRows = 2048;
   static constexpr int64_t kPartialBytes = 2 << 20;

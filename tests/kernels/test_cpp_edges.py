@@ -123,7 +123,15 @@ def test_a_collapsed_batch_keeps_its_gradients_at_any_scale(scale, upstream):
 
 
 # How many cosines are stored depends on the threads; where dy's sums are cut must not.
-@pytest.mark.parametrize(("n", "d", "m", "budget"), [(600, 400, 2000, 1 * MIB), (600, 400, 2000, 4 * MIB)])
+@pytest.mark.parametrize(
+    ("n", "d", "m", "budget"),
+    [
+        (600, 400, 2000, 1 * MIB),
+        (600, 400, 2000, 4 * MIB),
+        # Wide: chunks are lowered to be stored two at a time, and features are operands as they lie.
+        (2100, 16, 3000, 4 * MIB),
+    ],
+)
 def test_what_is_stored_for_some_threads_leaves_no_trace_in_the_bits(n, d, m, budget):
     leaves = features(n, m, d)
     before, outcomes = torch.get_num_threads(), []
@@ -137,6 +145,11 @@ def test_what_is_stored_for_some_threads_leaves_no_trace_in_the_bits(n, d, m, bu
         torch.set_num_threads(before)
     for other in outcomes[1:]:
         assert all(torch.equal(one, two) for one, two in zip(outcomes[0], other, strict=True))
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    with use_backend("reference"):
+        truth = value_and_gradients(lambda x, y: cross_entropy_sum(x, y, scale=9.0), *wide)
+    for given, expected in zip(outcomes[0], truth, strict=True):
+        assert (given.double() - expected).norm() / expected.norm() < 2e-6  # the bar of test_exactness.py
 
 
 # Called past the checks of Python, the operator would read behind the end of too few targets.

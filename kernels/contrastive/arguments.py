@@ -98,17 +98,25 @@ def _converted(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tenso
     return value.to(device=device, dtype=dtype)
 
 
-def check_precision(precision: str | None, device: torch.device) -> None:
-    """Every product of this version is IEEE arithmetic of the accumulation dtype, unless torch was told otherwise."""
+def checked_precision(precision: str | None, backend: str) -> str:
+    """How the backend is to multiply float32 features: what the caller asks for, or what he told torch.
+
+    "ieee" is the accumulation dtype's own arithmetic. The products of the `torch` and `reference` backends are torch's,
+    which obey torch's setting alone; those of `cpp` are always exact.
+    """
+    offered = ("ieee", "tf32", "tf32x3") if backend == "triton" else ("ieee",)
     if precision is None:
-        return
-    if precision != "ieee":
+        relaxed = backend == "triton" and torch.get_float32_matmul_precision() != "highest"
+        return "tf32" if relaxed else "ieee"
+    if precision not in offered:
+        names = ", ".join(f'"{each}"' for each in offered)
         raise ValueError(
-            f'precision={precision!r}: the backends of {device.type} offer "ieee" only in this version (None is the same)'
+            f"precision={precision!r}: the {backend} backend offers {names} only in this version (None: its default)"
         )
-    if torch.get_float32_matmul_precision() != "highest":
+    if backend in ("torch", "reference") and torch.get_float32_matmul_precision() != "highest":
         raise ValueError(
             'precision="ieee", but torch may round the operands of its products: '
             f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}. Call "
             'torch.set_float32_matmul_precision("highest")'
         )
+    return precision

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 
 from ..backends import select_backend
-from . import cpp_backend, reference, torch_backend, torch_compiled
+from . import compiled, cpp_backend, reference, torch_backend, triton_backend
 from .arguments import DEFAULT_MEMORY_BUDGET as DEFAULT_MEMORY_BUDGET
 from .arguments import FEATURE_DTYPES as FEATURE_DTYPES
-from .arguments import check_features, check_precision, checked_budget, factor, vector
+from .arguments import check_features, checked_budget, checked_precision, factor, vector
+from .autograd import Settings, differentiable
 from .operands import Operands
 from .reductions import Reduction
 from .request import Request
+
+_SWEEPS = {sweeps.name: sweeps for sweeps in (torch_backend.SWEEPS, triton_backend.SWEEPS)}
 
 
 def similarity_reduce(
@@ -34,8 +37,8 @@ def similarity_reduce(
 
     S_ij = scale_i * <x_i, y_j> + bias + row_bias_i + col_bias_j. Every result is differentiable with respect to
     x, y, scale and the biases. Products, sums and statistics are float32 (float64 for float64 inputs), under
-    autocast too; on CUDA a float32 product is TF32 only where the caller set torch so. The pairs' own scores
-    (`PairScore`) are taken in float64 and rounded once, because the gradient of a well aligned batch hangs on
+    autocast too; on a GPU a float32 product is TF32 only where the caller says so, here or to torch. The pairs' own
+    scores (`PairScore`) are taken in float64 and rounded once, because the gradient of a well aligned batch hangs on
     them.
 
     Args:
@@ -47,8 +50,9 @@ def similarity_reduce(
         col_bias: None or a float tensor [M].
         rows: reductions over j, one result of shape [N] each.
         cols: reductions over i, one result of shape [M] each.
-        precision: None or "ieee", which also refuses to run where torch was told to round the operands of its
-            products (`torch.set_float32_matmul_precision`).
+        precision: how float32 features are multiplied. "ieee": in float32, and an error where that cannot be had; on
+            the `triton` backend also "tf32" and "tf32x3" (three products of rounded halves, about as exact as
+            float32). None: "ieee", unless `torch.set_float32_matmul_precision` allows the backend's products more.
         memory_budget: bytes of working memory beside the inputs, the results and their gradients; 64 MiB when
             None. On the `torch` backend a budget below what the smallest tile needs (16 rows by up to 8192
             columns) gives that tile, and 16-bit inputs need a float32 accumulator for the gradient of y on top.
@@ -72,8 +76,8 @@ def similarity_reduce(
             loss = (F.softplus(others - own) + F.softplus(others_t - own_t)).mean() / 2
     """
     check_features(x, y)
-    budget = checked_budget(memory_budget)
-    check_precision(precision, x.device)
+    backend, _ = select_backend(x.device)
+    settings = Settings(checked_budget(memory_budget), checked_precision(precision, backend))
     if x.dtype != y.dtype:
         common = torch.promote_types(x.dtype, y.dtype)
         x, y = x.to(common), y.to(common)
@@ -81,8 +85,8 @@ def similarity_reduce(
     # The operator states its own precision: autocast would run the product in 16 bits and round its result.
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return _serve(operands, rows, cols, budget)
-    return _serve(operands, rows, cols, budget)
+            return _serve(backend, operands, rows, cols, settings)
+    return _serve(backend, operands, rows, cols, settings)
 
 
 def _operands(
@@ -106,18 +110,18 @@ def _operands(
 
 
 def _serve(
-    operands: Operands, rows: Iterable[Reduction], cols: Iterable[Reduction], budget: int
+    backend: str, operands: Operands, rows: Iterable[Reduction], cols: Iterable[Reduction], settings: Settings
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    request = Request(operands, budget)
+    request = Request(operands, settings.budget)
     of_rows, of_cols = request.reductions(rows, "rows", 1), request.reductions(cols, "cols", 0)
-    backend, _ = select_backend(operands.x.device)
+    if operands.x.dtype == torch.float64 and backend in ("cpp", "triton"):
+        backend = "torch"
     if backend == "reference":
-        serve = reference.similarity_reduce
-    elif backend == "cpp" and operands.x.dtype != torch.float64:
-        serve = cpp_backend.similarity_reduce
+        results = reference.similarity_reduce(*operands, of_rows, of_cols, settings.budget)
+    elif backend == "cpp":
+        results = cpp_backend.similarity_reduce(*operands, of_rows, of_cols, settings.budget)
     elif torch.compiler.is_compiling():
-        serve = torch_compiled.similarity_reduce
+        results = compiled.similarity_reduce(backend, operands, of_rows, of_cols, settings)
     else:
-        serve = torch_backend.similarity_reduce
-    results = serve(*operands, of_rows, of_cols, budget)
+        results = differentiable(_SWEEPS[backend], operands, of_rows, of_cols, settings)
     return results[: len(of_rows)], results[len(of_rows) :]

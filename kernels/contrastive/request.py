@@ -26,7 +26,7 @@ from .reductions import (
     Target,
     rules_of,
 )
-from .torch_compiled import traced_pair_scores
+from .compiled import traced_pair_scores
 
 _AXES = ("column of y", "row of x")
 

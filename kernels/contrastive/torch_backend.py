@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
+from .autograd import Settings, Sweeps
 from .operands import Operands
-from .plan import Plan, decode, encode
-from .reductions import Reduction
+from .plan import Plan
 from .torch_reductions import GRADIENTS, STATES, STATISTICS
 from .torch_rules import Panel
 
@@ -25,7 +24,6 @@ _LEAST_TILE_ROWS = 16
 _PANELS_PER_TILE = 16
 # Elements below which a panel is not worth its calls: 256 KiB in float32, well inside any L2 cache.
 _LEAST_PANEL = 2**16
-_OPERANDS = len(Operands._fields)
 
 
 def _tiling(n: int, m: int, d: int, dtype: torch.dtype, converted: bool, budget: int) -> tuple[int, int]:
@@ -90,14 +88,14 @@ class _Sweep:
             yield Panel(scores, rows, tile.cols), self._scratch[: scores.numel()].view_as(scores)
 
 
-def forward_results(operands: Operands, plan: Plan, budget: int) -> tuple[list[Tensor], list[list[Tensor]]]:
+def forward_results(operands: Operands, plan: Plan, settings: Settings) -> tuple[list[Tensor], list[list[Tensor]]]:
     """The result of each (dimension, reduction) of the plan, and what its backward needs to know."""
     states = [STATES[type(each)](each, dim, operands) for dim, each in plan]
     for state in states:
         if not state.dense:
-            state.fill(budget)
+            state.fill(settings.budget)
     dense = [state for state in states if state.dense]
-    sweep = _Sweep(operands, budget)
+    sweep = _Sweep(operands, settings.budget)
     for block in sweep.row_blocks() if dense else ():
         for tile, _ in sweep.tiles(block, operands.x[block].to(sweep.dtype)):
             for panel, scratch in sweep.panels(tile):
@@ -108,7 +106,7 @@ def forward_results(operands: Operands, plan: Plan, budget: int) -> tuple[list[T
 
 
 def backward_results(
-    operands: Operands, plan: Plan, saved: list[Tensor], grads: list[Tensor], budget: int, needed: list[bool]
+    operands: Operands, plan: Plan, saved: list[Tensor], grads: list[Tensor], settings: Settings, needed: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of the operands, None where not needed; `saved` is what the forward's statistics were, in a row."""
     remaining = iter(saved)
@@ -116,8 +114,7 @@ def backward_results(
         GRADIENTS[type(each)](each, dim, grad, [next(remaining) for _ in range(STATISTICS[type(each)])])
         for (dim, each), grad in zip(plan, grads, strict=True)
     ]
-    with torch.no_grad(), torch.autocast(operands.x.device.type, enabled=False):
-        return _backward_sweep(_Sweep(operands, budget), gradients, needed)
+    return _backward_sweep(_Sweep(operands, settings.budget), gradients, needed)
 
 
 def _backward_sweep(sweep: _Sweep, gradients: list[Any], needed: list[bool]) -> list[Tensor | None]:
@@ -185,61 +182,4 @@ def _to_weights(panel: Panel, scratch: Tensor, gradients: list[Any]) -> None:
             gradient.apply_(panel)
 
 
-class _SimilarityReduce(torch.autograd.Function):
-    """Takes the operands, the plan's numbers, the budget, and the plan's tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        operands = Operands(*arguments[:_OPERANDS])
-        numbers, budget, *metadata = arguments[_OPERANDS:]
-        results, statistics = forward_results(operands, decode(numbers, metadata), budget)
-        # Saved like the operands, so that torch notices when one is written to before the backward.
-        ctx.save_for_backward(*operands, *metadata, *(tensor for each in statistics for tensor in each))
-        ctx.request = numbers, budget, len(metadata)
-        return tuple(results)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        numbers, budget, count = ctx.request
-        # Unpacked once: under activation checkpointing each access would ask for the forward again.
-        saved = list(ctx.saved_tensors)
-        operands, metadata, statistics = saved[:_OPERANDS], saved[_OPERANDS:][:count], saved[_OPERANDS + count :]
-        needed = list(ctx.needs_input_grad[:_OPERANDS])
-        plan = decode(numbers, metadata)
-        results = backward_results(Operands(*operands), plan, statistics, list(grads), budget, needed)
-        if torch.is_grad_enabled():
-            results = _DifferentiatedOnce.apply(*results, *operands, *grads)
-        return *results, None, None, *[None] * count
-
-
-class _DifferentiatedOnce(torch.autograd.Function):
-    """Passes gradients through and refuses to be differentiated itself."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if tensor is None else tensor.clone() for tensor in tensors[:_OPERANDS])
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(
-            "similarity_reduce cannot be differentiated twice on the torch backend: take gradients without "
-            'create_graph=True, or compute this loss under use_backend("reference")'
-        )
-
-
-def similarity_reduce(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    row_bias: Tensor | None,
-    col_bias: Tensor | None,
-    rows: tuple[Reduction, ...],
-    cols: tuple[Reduction, ...],
-    budget: int,
-) -> tuple[Tensor, ...]:
-    """Row results, then column results; scale and biases in the accumulation dtype."""
-    numbers, metadata = encode(rows, cols)
-    operands = (x, y, scale, bias, row_bias, col_bias)
-    results: tuple[Tensor, ...] = _SimilarityReduce.apply(*operands, numbers, budget, *metadata)
-    return results
+SWEEPS = Sweeps("torch", forward_results, backward_results)

@@ -188,5 +188,5 @@ GRADIENTS: dict[type, Any] = {
     SoftplusSum: _SoftplusSumGradient,
     PairScore: _PairScoreGradient,
 }
-#: How many statistics each keeps for its backward.
+#: How many statistics each keeps for its backward, here and in the triton backend.
 STATISTICS: dict[type, int] = {LogSumExp: 2, SoftplusSum: 0, PairScore: 0}

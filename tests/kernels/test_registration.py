@@ -18,7 +18,7 @@ from pairtile.kernels import (
     Target,
     similarity_reduce,
 )
-from pairtile.kernels.contrastive import torch_compiled
+from pairtile.kernels.contrastive import compiled
 from pairtile.kernels.contrastive.plan import encode
 from pairtile.kernels.contrastive.reductions import Above
 
@@ -43,7 +43,7 @@ def test_the_operators_for_torch_compile_are_registered_right(everything):
     if not everything:
         leaves[2:] = [torch.tensor(2.0, requires_grad=True), None, None, None]
         request = encode((LogSumExp(Diagonal()), PairScore()), ())
-    torch.library.opcheck(torch_compiled._forward_op, (*leaves, *request, 1000))
+    torch.library.opcheck(compiled._OPERATORS["torch"], (*leaves, *request, 1000, "ieee"))
 
 
 @pytest.mark.parametrize("budget", [20_000, 64 << 20])  # some and all cosines kept for the backward

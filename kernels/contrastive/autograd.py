@@ -1,0 +1,94 @@
+"""The autograd function that the backends written in Python share: a sweep forward, a sweep back, once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from .operands import Operands
+from .plan import Plan, decode, encode
+from .reductions import Reduction
+
+_OPERANDS = len(Operands._fields)
+
+
+class Settings(NamedTuple):
+    """How to sweep: bytes of working memory, and how float32 features are multiplied ("ieee", "tf32", "tf32x3")."""
+
+    budget: int
+    precision: str = "ieee"
+
+
+#: (operands, plan, settings) -> (results, what the backward needs to know of each).
+Forward = Callable[[Operands, Plan, Settings], tuple[list[Tensor], list[list[Tensor]]]]
+#: (operands, plan, saved, upstream gradients, settings, which are needed) -> gradients of the operands.
+Backward = Callable[[Operands, Plan, list[Tensor], list[Tensor], Settings, list[bool]], list[Tensor | None]]
+
+
+class Sweeps(NamedTuple):
+    """A backend: its name and its two sweeps."""
+
+    name: str
+    forward: Forward
+    backward: Backward
+
+
+class _SimilarityReduce(torch.autograd.Function):
+    """Takes the operands, the sweeps, the plan's numbers, the settings, and the plan's tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        operands = Operands(*arguments[:_OPERANDS])
+        sweeps, numbers, settings, *metadata = arguments[_OPERANDS:]
+        results, statistics = sweeps.forward(operands, decode(numbers, metadata), settings)
+        # Saved like the operands, so that torch notices when one is written to before the backward.
+        ctx.save_for_backward(*operands, *metadata, *(tensor for each in statistics for tensor in each))
+        ctx.request = sweeps, numbers, settings, len(metadata)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        sweeps, numbers, settings, count = ctx.request
+        # Unpacked once: under activation checkpointing each access would ask for the forward again.
+        saved = list(ctx.saved_tensors)
+        operands, metadata, statistics = saved[:_OPERANDS], saved[_OPERANDS:][:count], saved[_OPERANDS + count :]
+        needed = list(ctx.needs_input_grad[:_OPERANDS])
+        plan = decode(numbers, metadata)
+        with torch.no_grad(), torch.autocast(operands[0].device.type, enabled=False):
+            results = sweeps.backward(Operands(*operands), plan, statistics, list(grads), settings, needed)
+        if torch.is_grad_enabled():
+            results = _DifferentiatedOnce.apply(sweeps.name, *results, *operands, *grads)
+        return *results, None, None, None, *[None] * count
+
+
+class _DifferentiatedOnce(torch.autograd.Function):
+    """Passes gradients through and refuses to be differentiated itself."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, name: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.name = name  # type: ignore[attr-defined]
+        return tuple(None if tensor is None else tensor.clone() for tensor in tensors[:_OPERANDS])
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            f"similarity_reduce cannot be differentiated twice on the {ctx.name} backend: take gradients without "  # type: ignore[attr-defined]
+            'create_graph=True, or compute this loss under use_backend("reference")'
+        )
+
+
+def differentiable(
+    sweeps: Sweeps,
+    operands: Operands,
+    rows: tuple[Reduction, ...],
+    cols: tuple[Reduction, ...],
+    settings: Settings,
+) -> tuple[Tensor, ...]:
+    """Row results, then column results, from the sweeps of a backend."""
+    numbers, metadata = encode(rows, cols)
+    results: tuple[Tensor, ...] = _SimilarityReduce.apply(*operands, sweeps, numbers, settings, *metadata)
+    return results

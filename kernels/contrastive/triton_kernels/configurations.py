@@ -1,0 +1,82 @@
+"""Which tile, how many warps and how many stages: a plain function of the architecture and the work.
+
+Nothing is timed at run time, so that every rank of a job runs the same kernel and gives the same bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+#: Architectures whose configurations ship, by the name of their target.
+ARCHITECTURES = ("sm80", "sm90", "sm100", "gfx942")
+#: The three kernels that multiply.
+KERNELS = ("reduce", "weigh", "product")
+#: How float32 operands are multiplied.
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One launch configuration: a tile of block_m x block_n, whose inner dimension is streamed block_k at a time.
+
+    `group` tile rows are walked together (`tiles.tile_of`).
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group: int = 8
+
+
+# (block_m, block_n, block_k, warps, stages) by (kernel, kind of operand): 16-bit tensor cores, tf32 tensor cores, FMAs.
+_TENSOR_16 = {
+    "sm80": {"reduce": (128, 128, 32, 8, 4), "weigh": (128, 128, 32, 8, 4), "product": (128, 128, 32, 8, 4)},
+    "sm90": {"reduce": (128, 256, 64, 8, 4), "weigh": (128, 128, 64, 8, 4), "product": (128, 256, 64, 8, 4)},
+    "sm100": {"reduce": (128, 256, 64, 8, 4), "weigh": (128, 128, 64, 8, 4), "product": (128, 256, 64, 8, 4)},
+    "gfx942": {"reduce": (128, 128, 32, 8, 2), "weigh": (128, 128, 32, 8, 2), "product": (128, 128, 32, 8, 2)},
+}
+_TENSOR_32 = {
+    "sm80": (128, 128, 32, 8, 3),
+    "sm90": (128, 128, 32, 8, 4),
+    "sm100": (128, 128, 32, 8, 4),
+    "gfx942": (64, 64, 32, 4, 2),
+}
+_FMA = (64, 64, 16, 4, 2)
+
+
+def pick_config(
+    arch: str, kernel: str, dtype: torch.dtype, width: int, precision: str = "ieee", columns: int | None = None
+) -> Config:
+    """The configuration that serves a launch.
+
+    Args:
+        arch: one of ARCHITECTURES.
+        kernel: one of KERNELS.
+        dtype: of the features.
+        width: D, which a small batch's kernel need not stream in large chunks.
+        precision: for float32 features, one of PRECISIONS.
+        columns: of the result, where they may be fewer than a tile has; the product's D.
+
+    Raises:
+        ValueError: a name that is in none of these lists.
+    """
+    for name, given, known in (("arch", arch, ARCHITECTURES), ("kernel", kernel, KERNELS)):
+        if given not in known:
+            raise ValueError(f"{name}={given!r}: expected one of {', '.join(known)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if dtype != torch.float32:
+        tile = _TENSOR_16[arch][kernel]
+    elif precision == "ieee":
+        tile = _FMA
+    else:
+        tile = _TENSOR_32[arch]
+    block_m, block_n, block_k, warps, stages = tile
+    if columns is not None:
+        while block_n >= 2 * max(columns, 64):
+            block_n //= 2
+    return Config(block_m, block_n, block_k, warps, stages)

@@ -1,0 +1,116 @@
+"""Pair rules inside a tile. RULES is a constexpr tuple of (code, a, b), the codes of `plan.py`; `a` and `b` index the
+launch's `numbers` (offsets, ends of ranges) or its `tensors` (ids, targets, thresholds)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .elementwise import LOG2E
+
+
+@triton.jit
+def touched(row, col, n, m, numbers, RULES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Whether a tile needs its mask: it reaches over an edge of S, or a rule may name one of its pairs.
+
+    What lies off the diagonal, nearly every tile, is spared the two instructions per pair that a mask costs.
+    """
+    needed = (row + BM > n) | (col + BN > m)
+    for k in tl.static_range(len(RULES)):
+        if RULES[k][0] == 0:
+            ahead = col - row - numbers[RULES[k][1]]
+            needed = needed | ((ahead < BM) & (ahead > -BN))
+        elif RULES[k][0] == 3:
+            needed = needed | ((col < numbers[RULES[k][2]]) & (col + BN > numbers[RULES[k][1]]))
+        else:
+            needed = needed | True
+    return needed
+
+
+@triton.jit
+def named(scores, rows, cols, n, m, numbers, tensors, RULES: tl.constexpr, DIM: tl.constexpr):
+    """bool, of the tile's shape: the pairs that at least one rule names. DIM: whose thresholds, rows' (1) or columns'."""
+    found = tl.full(scores.shape, 0, tl.int1)
+    for k in tl.static_range(len(RULES)):
+        found = found | _named_by(scores, rows, cols, n, m, numbers, tensors, RULES[k], DIM)
+    return found
+
+
+@triton.jit
+def _named_by(scores, rows, cols, n, m, numbers, tensors, RULE: tl.constexpr, DIM: tl.constexpr):
+    code: tl.constexpr = RULE[0]
+    if code == 0:
+        return rows[:, None] + numbers[RULE[1]] == cols[None, :]
+    elif code == 1:
+        return _ids(tensors[RULE[1]], rows, n)[:, None] == _ids(tensors[RULE[2]], cols, m)[None, :]
+    elif code == 2:
+        return _ids(tensors[RULE[1]], rows, n)[:, None] != _ids(tensors[RULE[2]], cols, m)[None, :]
+    elif code == 3:
+        inside = (cols >= numbers[RULE[1]]) & (cols < numbers[RULE[2]])
+        return tl.broadcast_to(inside[None, :], scores.shape)
+    elif code == 5:
+        return _ids(tensors[RULE[1]], rows, n)[:, None] == cols[None, :]
+    else:
+        if code == 4:
+            own = rows[:, None] + numbers[RULE[1]] == cols[None, :]
+        else:
+            own = _ids(tensors[RULE[1]], rows, n)[:, None] == cols[None, :]
+        if DIM == 1:
+            threshold = tl.load(tensors[RULE[2]] + rows, mask=rows < n, other=0.0)[:, None]
+        else:
+            threshold = tl.load(tensors[RULE[2]] + cols, mask=cols < m, other=0.0)[None, :]
+        return (scores > threshold * LOG2E) & ~own
+
+
+@triton.jit
+def _ids(ids, at, end):
+    return tl.load(ids + at, mask=at < end, other=-1)
+
+
+@triton.jit
+def excluding(
+    scores,
+    value,
+    fill,
+    row,
+    col,
+    rows,
+    cols,
+    n,
+    m,
+    numbers,
+    tensors,
+    RULES: tl.constexpr,
+    DIM: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """`value`, a tile like the scores, with `fill` at the pairs that RULES name and beyond the edges of S."""
+    if touched(row, col, n, m, numbers, RULES, BM, BN):
+        out = named(scores, rows, cols, n, m, numbers, tensors, RULES, DIM)
+        out = out | (rows >= n)[:, None] | (cols >= m)[None, :]
+        value = tl.where(out, fill, value)
+    return value
+
+
+@triton.jit
+def signed(
+    scores,
+    row,
+    col,
+    rows,
+    cols,
+    n,
+    m,
+    numbers,
+    tensors,
+    RULES: tl.constexpr,
+    DIM: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """-z S: the argument of softplus; z = +1 for the pairs that RULES name, else -1."""
+    if len(RULES) > 0:
+        if touched(row, col, n, m, numbers, RULES, BM, BN):
+            scores = tl.where(named(scores, rows, cols, n, m, numbers, tensors, RULES, DIM), -scores, scores)
+    return scores

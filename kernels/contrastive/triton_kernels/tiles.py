@@ -1,0 +1,78 @@
+"""One tile of S: which one a program works on, its cosines, its scores."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .elementwise import LOG2E
+
+
+@triton.jit
+def tile_of(program, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tile (i, j) of a program: GROUP tile rows are walked column by column, so that neighbours in time share both
+    their rows and their columns in L2."""
+    per_group = GROUP * tiles_n
+    first = (program // per_group) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    within = program % per_group
+    return first + within % height, within // height
+
+
+@triton.jit
+def load_block(source, strides, row, col, row_end, col_end, ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr):
+    """Block [ROWS, COLS] of a matrix from (row, col) on; 0 from row_end or col_end on.
+
+    With TMA `source` is a descriptor, whose matrix ends there; else it is a pointer with `strides`.
+    """
+    if TMA:
+        return source.load([row, col])
+    rows, cols = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
+    # 64 bits: a matrix of 2^31 elements is 65,536 rows of 32,768, and nothing unusual.
+    offsets = rows.to(tl.int64)[:, None] * strides[0] + cols.to(tl.int64)[None, :] * strides[1]
+    return tl.load(source + offsets, mask=(rows < row_end)[:, None] & (cols < col_end)[None, :], other=0.0)
+
+
+@triton.jit
+def cosines(
+    x,
+    y,
+    x_strides,
+    y_strides,
+    row,
+    col,
+    n,
+    m,
+    d,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """<x_i, y_j> of rows row:row+BM and columns col:col+BN, float32; 0 beyond the edges of S. D in chunks of BK."""
+    total = tl.zeros((BM, BN), dtype=tl.float32)
+    for k in range(0, d, BK):
+        a = load_block(x, x_strides, row, k, n, d, BM, BK, TMA)
+        b = load_block(y, y_strides, col, k, m, d, BN, BK, TMA)
+        if INTERPRETED:  # its product of bfloat16 is wrong
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(a, tl.trans(b), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def base2_scores(cos, scale, bias, row_bias, col_bias, rows, cols, n, m, PER_ROW: tl.constexpr):
+    """S log2(e) of a tile of cosines. The scale is multiplied by log2(e) first: S itself is not rounded on the way."""
+    if PER_ROW:
+        scores = cos * (tl.load(scale + rows, mask=rows < n, other=0.0) * LOG2E)[:, None]
+    else:
+        scores = cos * (tl.load(scale) * LOG2E)
+    if bias is not None:
+        scores += tl.load(bias) * LOG2E
+    if row_bias is not None:
+        scores += (tl.load(row_bias + rows, mask=rows < n, other=0.0) * LOG2E)[:, None]
+    if col_bias is not None:
+        scores += (tl.load(col_bias + cols, mask=cols < m, other=0.0) * LOG2E)[None, :]
+    return scores

@@ -1,0 +1,164 @@
+"""Backward: each program multiplies one tile of S again and stores the weights of its pairs, G = d objective / dS.
+
+The products that follow, dx = G y and dy = G^T x, read G from a buffer of bounded size. So a tile of S is computed once
+for both of them, where a kernel that keeps dx or dy in registers computes it once for each: 6 N M D FLOPs in all instead
+of 8, and no limit on D.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .elementwise import LN2, rounded, sigmoid2, softplus2, wide
+from .rules import excluding, named, signed, touched
+from .tiles import base2_scores, cosines, tile_of
+
+
+@triton.jit
+def weigh_tiles(
+    x,
+    y,
+    x_strides,
+    y_strides,
+    scale,
+    bias,
+    row_bias,
+    col_bias,
+    numbers,
+    tensors,
+    row_shifts,
+    col_shifts,
+    row_factors,
+    col_factors,
+    one_exponential,
+    row_scale,
+    weights,
+    weights_stride,
+    row_sums,
+    row_cosines,
+    col_sums,
+    values,
+    panel_row,
+    panel_col,
+    panel_rows,
+    panel_cols,
+    n,
+    m,
+    d,
+    tiles_m,
+    tiles_n,
+    FIELDS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Owns tile (i, j) of the panel of S at (panel_row, panel_col). Streams D. In registers: the cosines and the weights.
+
+    Stores G, times `row_scale` if there is one, to weights [panel_rows, panel_cols], in the dtype of the products; and,
+    where asked for, in float32 and before any rounding, sum_j G to row_sums and sum_j G cos to row_cosines
+    [tiles_n, panel_rows], sum_i G to col_sums [tiles_m, panel_cols], and the sum of the softplus terms times their factor
+    to `values` [tiles_n, panel_rows].
+
+    With f and s a row's factor and shift, a log-sum-exp contributes f 2^(S - s) to its row's weights, and the same in
+    its column's terms; where `one_exponential`, no shift is large and both come from one: 2^S (f 2^-s + f' 2^-s').
+    """
+    i, j = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    row, col = panel_row + i * BM, panel_col + j * BN
+    rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
+    row_mask, col_mask = rows < n, cols < m
+    cos = cosines(x, y, x_strides, y_strides, row, col, n, m, d, BM, BN, BK, TMA, PRECISION, INTERPRETED)
+    scores = base2_scores(cos, scale, bias, row_bias, col_bias, rows, cols, n, m, PER_ROW)
+    gradient = tl.zeros((BM, BN), tl.float32)
+    value = tl.zeros((BM,), tl.float32)
+    for f in tl.static_range(len(FIELDS)):
+        KIND: tl.constexpr = FIELDS[f][0]
+        DIM: tl.constexpr = FIELDS[f][1]
+        WEIGHTS: tl.constexpr = FIELDS[f][2]
+        POSITIVE: tl.constexpr = FIELDS[f][3]
+        EXCLUDE: tl.constexpr = FIELDS[f][4]
+        ROW: tl.constexpr = FIELDS[f][5]
+        COL: tl.constexpr = FIELDS[f][6]
+        weight = 1.0
+        if WEIGHTS >= 0:
+            if DIM == 1:
+                weight = tl.load(tensors[WEIGHTS] + cols, mask=col_mask, other=0.0)[None, :]
+            else:
+                weight = tl.load(tensors[WEIGHTS] + rows, mask=row_mask, other=0.0)[:, None]
+        if ROW >= 0:
+            row_factor = tl.load(row_factors[ROW] + rows, mask=row_mask, other=0.0)
+        if COL >= 0:
+            col_factor = tl.load(col_factors[COL] + cols, mask=col_mask, other=0.0)
+        if KIND == 0:
+            z = excluding(
+                scores, scores, float("-inf"), row, col, rows, cols, n, m, numbers, tensors, EXCLUDE, DIM, BM, BN
+            )
+            if WEIGHTS >= 0:
+                z += tl.log2(weight)
+            if ROW >= 0:
+                row_shift = tl.load(row_shifts[ROW] + rows, mask=row_mask, other=0.0)
+            if COL >= 0:
+                col_shift = tl.load(col_shifts[COL] + cols, mask=col_mask, other=0.0)
+            if ROW >= 0 and COL >= 0:
+                if tl.load(one_exponential) != 0:
+                    by_row, by_col = row_factor * tl.exp2(-row_shift), col_factor * tl.exp2(-col_shift)
+                    gradient += tl.exp2(z) * (by_row[:, None] + by_col[None, :])
+                else:
+                    gradient += tl.exp2(z - row_shift[:, None]) * row_factor[:, None]
+                    gradient += tl.exp2(z - col_shift[None, :]) * col_factor[None, :]
+            elif ROW >= 0:
+                gradient += tl.exp2(z - row_shift[:, None]) * row_factor[:, None]
+            else:
+                gradient += tl.exp2(z - col_shift[None, :]) * col_factor[None, :]
+        else:
+            a = signed(scores, row, col, rows, cols, n, m, numbers, tensors, POSITIVE, DIM, BM, BN)
+            slope = sigmoid2(a)
+            # a is S or -S: its sign, times that of S, is the sign of the slope.
+            slope = signed(slope, row, col, rows, cols, n, m, numbers, tensors, POSITIVE, DIM, BM, BN)
+            slope = excluding(scores, slope, 0.0, row, col, rows, cols, n, m, numbers, tensors, EXCLUDE, DIM, BM, BN)
+            if values is not None:
+                terms = excluding(
+                    scores, softplus2(a), 0.0, row, col, rows, cols, n, m, numbers, tensors, EXCLUDE, DIM, BM, BN
+                )
+                value += tl.sum(terms, 1) * LN2
+            if WEIGHTS >= 0:
+                slope = tl.where(weight == 0, 0.0, slope * weight)
+            if ROW >= 0:
+                gradient += slope * row_factor[:, None]
+            if COL >= 0:
+                gradient += slope * col_factor[None, :]
+    for p in tl.static_range(len(PAIRS)):
+        OWN: tl.constexpr = PAIRS[p][0]
+        ROW: tl.constexpr = PAIRS[p][1]
+        COL: tl.constexpr = PAIRS[p][2]
+        if touched(row, col, n, m, numbers, OWN, BM, BN):
+            own = named(scores, rows, cols, n, m, numbers, tensors, OWN, 1)
+            if ROW >= 0:
+                upstream = tl.load(row_factors[ROW] + rows, mask=row_mask, other=0.0)
+                gradient += tl.where(own, upstream[:, None], 0.0)
+            if COL >= 0:
+                upstream = tl.load(col_factors[COL] + cols, mask=col_mask, other=0.0)
+                gradient += tl.where(own, upstream[None, :], 0.0)
+    local_row, local_col = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
+    inside_rows, inside_cols = local_row < panel_rows, local_col < panel_cols
+    of_rows = wide(j) * panel_rows + local_row
+    if row_sums is not None:
+        tl.store(row_sums + of_rows, tl.sum(gradient, 1), mask=inside_rows)
+    if row_cosines is not None:
+        tl.store(row_cosines + of_rows, tl.sum(gradient * cos, 1), mask=inside_rows)
+    if values is not None:
+        tl.store(values + of_rows, value, mask=inside_rows)
+    if col_sums is not None:
+        tl.store(col_sums + wide(i) * panel_cols + local_col, tl.sum(gradient, 0), mask=inside_cols)
+    if weights is not None:
+        if row_scale is not None:
+            gradient *= tl.load(row_scale + rows, mask=row_mask, other=0.0)[:, None]
+        at = weights + local_row.to(tl.int64)[:, None] * weights_stride + local_col[None, :]
+        kept = rounded(gradient, weights.dtype.element_ty, INTERPRETED)
+        tl.store(at, kept, mask=inside_rows[:, None] & inside_cols[None, :])

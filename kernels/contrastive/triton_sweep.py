@@ -1,0 +1,433 @@
+"""The host side of the Triton kernels: panels of S within the memory budget, one launch after the other.
+
+Forward: for each panel of rows `reduce_tiles` leaves the partial results of every tile, `merge_partials` joins them.
+Backward: for each panel of rows and columns `weigh_tiles` writes the weights G of its pairs to a buffer, and two products
+add the panel's share to dx and dy. S is multiplied once in the forward and once in the backward.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autograd import Settings
+from .operands import Operands, pair_scores
+from .plan import Plan
+from .reductions import LogSumExp, PairScore, SoftplusSum
+from .triton_kernels import launching
+from .triton_kernels.configurations import Config, pick_config
+from .triton_kernels.fields import Fields, fields_of
+from .triton_kernels.launching import cdiv
+from .triton_kernels.product import add_product
+from .triton_kernels.reduce import merge_partials, reduce_tiles
+from .triton_kernels.weigh import weigh_tiles
+
+# |S| + ln max(N, M) below this (natural): no sum of exponentials of scores leaves float32.
+_CALM = 80.0
+# Shifts (base 2) up to this size: a row's and a column's factor can share one exponential, see `weigh_tiles`.
+_ONE_EXPONENTIAL = 90.0
+# Owners of one program of merge_partials, and how many tiles it joins at a time.
+_MERGE_BLOCK, _MERGE_TILES = 64, 32
+
+
+class _Launches:
+    """What every launch of one request shares."""
+
+    def __init__(self, operands: Operands, fields: Fields, settings: Settings) -> None:
+        x, y = operands.x, operands.y
+        self.operands, self.fields, self.settings = operands, fields, settings
+        (self.n, self.d), self.m = x.shape, y.shape[0]
+        self.device, self.dtype = x.device, x.dtype
+        self.arch = launching.architecture(x.device)
+        self.tma = launching.aligned(x, self.arch) and launching.aligned(y, self.arch)
+
+    def config(self, kernel: str, **more: Any) -> Config:
+        return pick_config(self.arch, kernel, self.dtype, self.d, self.settings.precision, **more)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return launching.empty(*shape, dtype=dtype, device=self.device)
+
+    def tile_arguments(self, config: Config) -> dict[str, Any]:
+        """The arguments by which a kernel computes a tile of S, and its rules."""
+        operands = self.operands
+        return {
+            "x": launching.source(operands.x, (config.block_m, config.block_k), self.tma),
+            "y": launching.source(operands.y, (config.block_n, config.block_k), self.tma),
+            "x_strides": operands.x.stride(),
+            "y_strides": operands.y.stride(),
+            "scale": operands.scale,
+            "bias": operands.bias,
+            "row_bias": operands.row_bias,
+            "col_bias": operands.col_bias,
+            "numbers": tuple(self.fields.numbers),
+            "tensors": tuple(self.fields.tensors),
+            "n": self.n,
+            "m": self.m,
+            "d": self.d,
+            "FIELDS": self.fields.fields,
+            "PER_ROW": operands.per_row_scale,
+            "TMA": self.tma,
+            **self.constants(),
+        }
+
+    def constants(self) -> dict[str, Any]:
+        return {"PRECISION": self.settings.precision, "INTERPRETED": launching.interpreting()}
+
+
+def forward_results(operands: Operands, plan: Plan, settings: Settings) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The result of each (dimension, reduction) of the plan, and what its backward needs to know."""
+    operands = _plain(operands)
+    with launching.on(operands.x.device):
+        fields = fields_of(plan, operands.length(1), operands.length(0), operands.scale)
+        launches = _Launches(operands, fields, settings)
+        merged = _reduce(launches)
+    results: list[Tensor] = []
+    statistics: list[list[Tensor]] = []
+    for (dim, reduction), slot in zip(plan, fields.slots, strict=True):
+        if isinstance(reduction, PairScore):
+            results.append(pair_scores(operands, reduction.pair, dim, settings.budget).to(operands.scale.dtype))
+            statistics.append([])
+            continue
+        result, shift, total = merged[dim][slot]
+        results.append(result)
+        statistics.append([shift, total] if isinstance(reduction, LogSumExp) else [])
+    return results, statistics
+
+
+def _reduce(launches: _Launches) -> dict[int, list[tuple[Tensor, Tensor, Tensor]]]:
+    """(result, shift, total) of each dense slot, by direction."""
+    n, m, dense = launches.n, launches.m, launches.fields.dense
+    merged = {
+        dim: [tuple(launches.empty(owners) for _ in range(3)) for _ in range(dense[dim])]
+        for dim, owners in ((1, n), (0, m))
+    }
+    kinds = {dim: {each[6 - dim]: each[0] for each in launches.fields.fields} for dim in (1, 0)}
+    if not n or not m:
+        for dim, slots in merged.items():
+            for slot, (result, shift, total) in enumerate(slots):
+                result.fill_(-math.inf if kinds[dim][slot] == 0 else 0.0)
+                shift.zero_(), total.zero_()
+        return merged  # type: ignore[return-value]
+    if not any(dense.values()):
+        return merged  # type: ignore[return-value]
+    config = launches.config("reduce")
+    tiles_n = cdiv(m, config.block_n)
+    per_row = 8 * (dense[1] * tiles_n + dense[0] * m / config.block_m)
+    panel = _panel(n, launches.settings.budget / per_row, config.block_m)
+    arguments = launches.tile_arguments(config) | {"calm": _calm(launches)}
+    row_partials = launches.empty(dense[1], 2, tiles_n, panel)
+    col_partials = launches.empty(dense[0], 2, cdiv(panel, config.block_m), m)
+    for start in range(0, n, panel):
+        rows = min(panel, n - start)
+        tiles_m = cdiv(rows, config.block_m)
+        panels = {
+            "row_partials": row_partials,
+            "col_partials": col_partials,
+            "panel": start,
+            "panel_rows": rows,
+            "tiles_m": tiles_m,
+            "tiles_n": tiles_n,
+        }
+        launching.run(reduce_tiles, (tiles_m * tiles_n,), config, arguments | panels)
+        for slot, owned in enumerate(merged[1]):
+            partials = row_partials.view(-1)[2 * slot * tiles_n * rows :]
+            _merge(partials, owned, start, rows, tiles_n, kinds[1][slot], continued=False)
+        for slot, owned in enumerate(merged[0]):
+            partials = col_partials.view(-1)[2 * slot * tiles_m * m :]
+            _merge(partials, owned, 0, m, tiles_m, kinds[0][slot], continued=start > 0)
+    return merged  # type: ignore[return-value]
+
+
+def _merge(
+    partials: Tensor, owned: tuple[Tensor, ...], first: int, owners: int, tiles: int, kind: int, continued: bool
+) -> None:
+    result, shift, total = (each[first : first + owners] for each in owned)
+    arguments = {
+        "partials": partials,
+        "shifts": shift,
+        "totals": total,
+        "results": result,
+        "owners": owners,
+        "tiles": tiles,
+        "KIND": kind,
+        "CONTINUE": continued,
+        "BLOCK": _MERGE_BLOCK,
+        "TILES": _MERGE_TILES,
+    }
+    launching.run(merge_partials, (cdiv(owners, _MERGE_BLOCK),), None, arguments)
+
+
+def _calm(launches: _Launches) -> Tensor:
+    """int32 []: whether the norms of the features rule out that a sum of exponentials overflows."""
+    x, y, scale, *biases = launches.operands
+    if launches.fields.weighted:
+        return torch.zeros((), dtype=torch.int32, device=launches.device)
+    norms = [torch.linalg.vector_norm(each, dim=1, dtype=torch.float32).amax() for each in (x, y)]
+    reach = scale.abs().amax() * norms[0] * norms[1]
+    for bias in biases:
+        if bias is not None:
+            reach = reach + bias.abs().amax()
+    return (reach < _CALM - math.log(max(launches.n, launches.m))).to(torch.int32)
+
+
+def backward_results(
+    operands: Operands, plan: Plan, saved: list[Tensor], grads: list[Tensor], settings: Settings, needed: list[bool]
+) -> list[Tensor | None]:
+    """Gradients of the operands, None where not needed; `saved` is what the forward's statistics were, in a row."""
+    given, operands = operands, _plain(operands)
+    with torch.no_grad(), launching.on(operands.x.device):
+        fields = fields_of(plan, operands.length(1), operands.length(0), operands.scale)
+        upstream = _upstream(plan, fields, saved, grads, operands)
+        gradients = _Gradients(_Launches(operands, fields, settings), upstream, needed).sweep()
+    return [
+        None if gradient is None or leaf is None else gradient.reshape(leaf.shape)
+        for gradient, leaf in zip(gradients, given, strict=True)
+    ]
+
+
+@dataclass
+class Upstream:
+    """What the weights of the pairs are made of: shifts and factors of each slot, by direction.
+
+    Attributes:
+        unit: [], a power of two; factors are given in it. Sums of a few factors then fit into float16.
+        one_exponential: int32 [], see `weigh_tiles`.
+    """
+
+    shifts: dict[int, list[Tensor]]
+    factors: dict[int, list[Tensor]]
+    unit: Tensor
+    one_exponential: Tensor
+
+
+def _upstream(plan: Plan, fields: Fields, saved: list[Tensor], grads: list[Tensor], operands: Operands) -> Upstream:
+    remaining = iter(saved)
+    shifts: dict[int, list[Tensor]] = {1: [], 0: []}
+    factors: dict[int, list[Tensor]] = {1: [], 0: []}
+    sizes = []
+    # In the order of the slots: those that look at every pair come first.
+    for (dim, reduction), grad in zip(plan, grads, strict=True):
+        grad = grad.contiguous()
+        sizes.append(grad)
+        if isinstance(reduction, LogSumExp):
+            shift, total = next(remaining), next(remaining)
+            shifts[dim].append(shift)
+            factors[dim].append((grad / total).masked_fill_(total == 0, 0))
+        elif isinstance(reduction, SoftplusSum):
+            shifts[dim].append(operands.scale.new_zeros(0))
+            factors[dim].append(grad)
+            if reduction.weights is not None and reduction.weights.numel():
+                sizes.append(grad * reduction.weights.amax())
+    for (dim, reduction), grad in zip(plan, grads, strict=True):
+        if isinstance(reduction, PairScore):
+            factors[dim].append(grad.contiguous())
+    unit = unit_of(sizes, operands)
+    flat = [each.abs().amax() for found in shifts.values() for each in found if each.numel()]
+    near = torch.stack(flat).amax() <= _ONE_EXPONENTIAL if flat else torch.ones((), device=unit.device)
+    scaled = {dim: [each / unit for each in found] for dim, found in factors.items()}
+    return Upstream(shifts, scaled, unit, near.to(torch.int32))
+
+
+def unit_of(sizes: list[Tensor], operands: Operands) -> Tensor:
+    """A power of two near the largest upstream gradient; for float16 2^-10 of it, away from its smallest numbers."""
+    found = [each.abs().amax() for each in sizes if each.numel()]
+    largest = torch.stack(found).amax() if found else operands.scale.new_ones(())
+    # NaN and infinities go into the factors, not into the unit.
+    usual = torch.where((largest > 0) & largest.isfinite(), largest, 1.0).clamp_min(2.0**-100)
+    _, exponent = torch.frexp(usual)
+    return torch.ldexp(torch.ones_like(usual), exponent - (10 if operands.x.dtype == torch.float16 else 0))
+
+
+class _Gradients:
+    """The backward: one panel of S after the other."""
+
+    def __init__(self, launches: _Launches, upstream: Upstream, needed: list[bool], values: bool = False) -> None:
+        self._launches, self._upstream, self._values = launches, upstream, values
+        operands = launches.operands
+        self._needed = [want and each is not None for want, each in zip(needed, operands, strict=True)]
+        self._products = self._needed[0] or self._needed[1]
+        n, m, d = launches.n, launches.m, launches.d
+        self._tile = launches.config("weigh")
+        self._product = launches.config("product", columns=d)
+        itemsize = operands.x.element_size()
+        # About square, so that the panel's share of dx and of dy, read and written once for each, is small beside it.
+        entries = launches.settings.budget / itemsize
+        columns = _panel(m, math.sqrt(entries), 128)
+        self._rows = _panel(n, entries / columns, 128)
+        self._cols = _panel(m, entries / self._rows, 128)
+        self._factor, self._row_scale = self._scales()
+        wanted = dict(zip(Operands._fields, self._needed, strict=True))
+        self._sums = {
+            "row_cosines": wanted["scale"],
+            "row_sums": wanted["bias"] or wanted["row_bias"],
+            "col_sums": wanted["col_bias"],
+            "values": values,
+        }
+
+    def _scales(self) -> tuple[Tensor, Tensor | None]:
+        """The factor of both products, and what the weights of each row are multiplied by before they are rounded."""
+        scale, unit = self._launches.operands.scale, self._upstream.unit
+        if not self._launches.operands.per_row_scale:
+            return scale * unit, None
+        largest = unit_of([scale], self._launches.operands._replace(x=scale)) if scale.numel() else unit
+        return largest * unit, scale / largest
+
+    def sweep(self) -> list[Tensor | None]:
+        launches = self._launches
+        n, m, d = launches.n, launches.m, launches.d
+        operands = launches.operands
+        kinds = (operands.x.dtype, operands.y.dtype)
+        dx, dy = (
+            launches.empty(rows, d, dtype=kind) if want else None
+            for rows, kind, want in zip((n, m), kinds, self._needed, strict=False)
+        )
+        totals = {
+            name: torch.zeros(size, dtype=torch.float32, device=launches.device)
+            for name, size in (("row_cosines", n), ("row_sums", n), ("col_sums", m), ("values", n))
+            if self._sums[name]
+        }
+        if n and m:
+            self._panels(dx, dy, totals)
+        else:
+            for each in (dx, dy):
+                if each is not None:
+                    each.zero_()
+        unit = self._upstream.unit
+        if self._values:
+            self.value = totals["values"].sum() * unit
+        dscale = totals["row_cosines"] * unit if self._needed[2] else None
+        if dscale is not None and not operands.per_row_scale:
+            dscale = dscale.sum()
+        row_sums = totals["row_sums"] * unit if self._sums["row_sums"] else None
+        dbias = row_sums.sum() if row_sums is not None and self._needed[3] else None
+        dcol = totals["col_sums"] * unit if self._needed[5] else None
+        return [dx, dy, dscale, dbias, row_sums if self._needed[4] else None, dcol]
+
+    def _panels(self, dx: Tensor | None, dy: Tensor | None, totals: dict[str, Tensor]) -> None:
+        launches, tile = self._launches, self._tile
+        n, m, d = launches.n, launches.m, launches.d
+        width = cdiv(self._cols, 16) * 16  # rows of the buffer start where descriptors can load them
+        weights = launches.empty(self._rows, width, dtype=launches.dtype) if self._products else None
+        several_rows, several_cols = self._rows < n, self._cols < m
+        total_x = launches.empty(self._rows, d) if dx is not None and several_cols else None
+        total_y = launches.empty(m, d) if dy is not None and several_rows else None
+        shapes = {"row_cosines": (1, self._rows), "row_sums": (1, self._rows), "values": (1, self._rows)}
+        parts = {
+            name: launches.empty(cdiv(self._cols, tile.block_n), self._rows) for name in shapes if self._sums[name]
+        }
+        if self._sums["col_sums"]:
+            parts["col_sums"] = launches.empty(cdiv(self._rows, tile.block_m), self._cols)
+        arguments = launches.tile_arguments(tile) | self._weight_arguments(weights)
+        for i0 in range(0, n, self._rows):
+            rows = min(self._rows, n - i0)
+            for j0 in range(0, m, self._cols):
+                cols = min(self._cols, m - j0)
+                self._weigh(arguments, parts, totals, i0, rows, j0, cols)
+                if weights is None:
+                    continue
+                block = weights[:rows, :cols]
+                if dx is not None:
+                    last = j0 + cols == m
+                    into = None if total_x is None else total_x[:rows]
+                    self._multiply(block, False, launches.operands.y, j0, into, dx[i0 : i0 + rows], j0 > 0, last)
+                if dy is not None:
+                    last = i0 + rows == n
+                    into = None if total_y is None else total_y[j0 : j0 + cols]
+                    self._multiply(block, True, launches.operands.x, i0, into, dy[j0 : j0 + cols], i0 > 0, last)
+
+    def _weight_arguments(self, weights: Tensor | None) -> dict[str, Any]:
+        upstream, fields = self._upstream, self._launches.fields
+        filler = (self._launches.operands.scale,)
+        return {
+            "row_shifts": tuple(upstream.shifts[1]) or filler,
+            "col_shifts": tuple(upstream.shifts[0]) or filler,
+            "row_factors": tuple(upstream.factors[1]) or filler,
+            "col_factors": tuple(upstream.factors[0]) or filler,
+            "one_exponential": upstream.one_exponential,
+            "row_scale": self._row_scale,
+            "weights": weights,
+            "weights_stride": 0 if weights is None else weights.stride(0),
+            "PAIRS": fields.pairs,
+        }
+
+    def _weigh(
+        self,
+        arguments: dict[str, Any],
+        parts: dict[str, Tensor],
+        totals: dict[str, Tensor],
+        i0: int,
+        rows: int,
+        j0: int,
+        cols: int,
+    ) -> None:
+        tiles_m, tiles_n = cdiv(rows, self._tile.block_m), cdiv(cols, self._tile.block_n)
+        panel = {
+            "panel_row": i0,
+            "panel_col": j0,
+            "panel_rows": rows,
+            "panel_cols": cols,
+            "tiles_m": tiles_m,
+            "tiles_n": tiles_n,
+        }
+        sums = {name: parts.get(name) for name in self._sums}
+        launching.run(weigh_tiles, (tiles_m * tiles_n,), self._tile, arguments | panel | sums)
+        for name, part in parts.items():
+            owners, first, tiles = (cols, j0, tiles_m) if name == "col_sums" else (rows, i0, tiles_n)
+            totals[name][first : first + owners] += part.view(-1)[: tiles * owners].view(tiles, owners).sum(0)
+
+    def _multiply(
+        self,
+        weights: Tensor,
+        transposed: bool,
+        features: Tensor,
+        first: int,
+        total: Tensor | None,
+        out: Tensor,
+        continued: bool,
+        last: bool,
+    ) -> None:
+        launches, config = self._launches, self._product
+        if not launches.d:
+            return
+        depth, rows = weights.shape if transposed else weights.shape[::-1]
+        tma_weights = launching.aligned(weights, launches.arch)
+        tma = launching.aligned(features, launches.arch)
+        block = (config.block_k, config.block_m) if transposed else (config.block_m, config.block_k)
+        tiles_m, tiles_n = cdiv(rows, config.block_m), cdiv(launches.d, config.block_n)
+        arguments = {
+            "weights": launching.source(weights, block, tma_weights),
+            "features": launching.source(features, (config.block_k, config.block_n), tma),
+            "weights_strides": weights.stride(),
+            "features_strides": features.stride(),
+            "total": total if total is not None else self._factor,
+            "out": out if last else None,
+            "factor": self._factor,
+            "rows": rows,
+            "depth": depth,
+            "depth_end": first + depth,
+            "width": launches.d,
+            "feature_row": first,
+            "tiles_m": tiles_m,
+            "tiles_n": tiles_n,
+            "TRANSPOSED": transposed,
+            "CONTINUE": continued,
+            "TMA_WEIGHTS": tma_weights,
+            "TMA": tma,
+            **launches.constants(),
+        }
+        launching.run(add_product, (tiles_m * tiles_n,), config, arguments)
+
+
+def _plain(operands: Operands) -> Operands:
+    """The operands without their graph; vectors contiguous, as the kernels index them."""
+    x, y, *small = operands.detached()
+    return Operands(x, y, *(None if each is None else each.contiguous() for each in small))
+
+
+def _panel(length: int, fitting: float, multiple: int) -> int:
+    """Rows (columns) of a panel: as many as fit, a multiple of a tile's, one tile at least, all if they are fewer."""
+    return max(1, min(length, max(multiple, int(fitting) // multiple * multiple)))

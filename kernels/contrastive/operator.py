@@ -78,10 +78,7 @@ def similarity_reduce(
     check_features(x, y)
     backend, _ = select_backend(x.device)
     settings = Settings(checked_budget(memory_budget), checked_precision(precision, backend))
-    if x.dtype != y.dtype:
-        common = torch.promote_types(x.dtype, y.dtype)
-        x, y = x.to(common), y.to(common)
-    operands = _operands(x, y, scale, bias, row_bias, col_bias)
+    operands = resolved_operands(x, y, scale, bias, row_bias, col_bias)
     # The operator states its own precision: autocast would run the product in 16 bits and round its result.
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
@@ -89,14 +86,18 @@ def similarity_reduce(
     return _serve(backend, operands, rows, cols, settings)
 
 
-def _operands(
+def resolved_operands(
     x: Tensor,
     y: Tensor,
     scale: float | Tensor,
     bias: float | Tensor,
-    row_bias: Tensor | None,
-    col_bias: Tensor | None,
+    row_bias: Tensor | None = None,
+    col_bias: Tensor | None = None,
 ) -> Operands:
+    """Scale and biases as tensors of the accumulation dtype, checked."""
+    if x.dtype != y.dtype:
+        common = torch.promote_types(x.dtype, y.dtype)
+        x, y = x.to(common), y.to(common)
     n, m, device = x.shape[0], y.shape[0], x.device
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     return Operands(

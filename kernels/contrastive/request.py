@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_indices, check_targets, vector
+from .compiled import traced_pair_scores
 from .operands import Operands, pair_scores
 from .reductions import (
     Above,
@@ -26,7 +27,6 @@ from .reductions import (
     Target,
     rules_of,
 )
-from .compiled import traced_pair_scores
 
 _AXES = ("column of y", "row of x")
 

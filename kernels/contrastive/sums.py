@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import select_backend
-from .arguments import check_features, check_targets, checked_budget, factor
-from .operator import similarity_reduce
+from . import triton_backend
+from .arguments import check_features, check_targets, checked_budget, checked_precision, factor
+from .autograd import Settings
+from .operator import resolved_operands, similarity_reduce
 from .reductions import Diagonal, LogSumExp, PairScore, SoftplusSum, Target
 
 _OWN = Diagonal()
@@ -143,6 +145,11 @@ def sigmoid_sum(
         budget = checked_budget(memory_budget)
         total: Tensor = torch.ops.pairtile.sigmoid_sum.default(*operands, shift, positive.offset, weight, budget)
         return total
+    if _swept_once(x, y, scale, bias):
+        given = resolved_operands(x, y, scale, bias)
+        settings = Settings(checked_budget(memory_budget), checked_precision(None, "triton"))
+        with torch.autocast(x.device.type, enabled=False):
+            return triton_backend.sigmoid_sum(given, positive, weight, settings)
     asked = (SoftplusSum(positive=positive),)
     (terms,), _ = similarity_reduce(x, y, scale=scale, bias=bias, rows=asked, memory_budget=memory_budget)
     return weight * terms.sum()
@@ -165,6 +172,21 @@ def _without_pair(pair: Diagonal | Target, length: int, width: int, device: torc
         return None
     partner = torch.arange(pair.offset, pair.offset + length, device=device)
     return (partner < 0) | (partner >= width)
+
+
+def _swept_once(*leaves: float | Tensor) -> bool:
+    """Whether the triton backend serves, and a gradient will be wanted that its sweep can find beside the value.
+
+    While torch.compile traces, `similarity_reduce` serves: its operators are registered.
+    """
+    tensors = [each for each in leaves if isinstance(each, Tensor)]
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and any(each.requires_grad for each in tensors)
+        and all(each.dtype != torch.float64 for each in tensors[:2])
+        and select_backend(tensors[0].device)[0] == "triton"
+    )
 
 
 def _fused_operands(x: Tensor, y: Tensor, scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .autograd import Settings, Sweeps
 from .operands import Operands
 from .plan import Plan
+from .reductions import Diagonal
 
-
-def is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_OPERANDS = len(Operands._fields)
 
 
 def _forward(operands: Operands, plan: Plan, settings: Settings) -> tuple[list[Tensor], list[list[Tensor]]]:
@@ -30,3 +31,29 @@ def _backward(
 
 
 SWEEPS = Sweeps("triton", _forward, _backward)
+
+
+class _SigmoidSum(torch.autograd.Function):
+    """Takes the operands, which pairs are positive, the weight and the settings; its forward finds the gradients, too."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        from .triton_sweep import sigmoid_sum
+
+        operands, (positive, weight, settings) = Operands(*arguments[:_OPERANDS]), arguments[_OPERANDS:]
+        needed = list(ctx.needs_input_grad[:_OPERANDS])
+        value, gradients = sigmoid_sum(operands, positive, weight, settings, needed)
+        ctx.save_for_backward(*gradients)
+        return value
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (None if each is None else (each * grad).to(each.dtype) for each in ctx.saved_tensors)
+        return *scaled, None, None, None
+
+
+def sigmoid_sum(operands: Operands, positive: Diagonal, weight: float, settings: Settings) -> Tensor:
+    """weight * sum_ij softplus(-z_ij S_ij), its gradients found in the sweep of the forward."""
+    total: Tensor = _SigmoidSum.apply(*operands, positive, weight, settings)
+    return total

@@ -17,7 +17,7 @@ from torch import Tensor
 from .autograd import Settings
 from .operands import Operands, pair_scores
 from .plan import Plan
-from .reductions import LogSumExp, PairScore, SoftplusSum
+from .reductions import Diagonal, LogSumExp, PairScore, SoftplusSum
 from .triton_kernels import launching
 from .triton_kernels.configurations import Config, pick_config
 from .triton_kernels.fields import Fields, fields_of
@@ -132,7 +132,8 @@ def _reduce(launches: _Launches) -> dict[int, list[tuple[Tensor, Tensor, Tensor]
             "tiles_m": tiles_m,
             "tiles_n": tiles_n,
         }
-        launching.run(reduce_tiles, (tiles_m * tiles_n,), config, arguments | panels)
+        for calm in (True, False):
+            launching.run(reduce_tiles, (tiles_m * tiles_n,), config, arguments | panels | {"CALM": calm})
         for slot, owned in enumerate(merged[1]):
             partials = row_partials.view(-1)[2 * slot * tiles_n * rows :]
             _merge(partials, owned, start, rows, tiles_n, kinds[1][slot], continued=False)
@@ -171,7 +172,8 @@ def _calm(launches: _Launches) -> Tensor:
     for bias in biases:
         if bias is not None:
             reach = reach + bias.abs().amax()
-    return (reach < _CALM - math.log(max(launches.n, launches.m))).to(torch.int32)
+    calm: Tensor = reach < _CALM - math.log(max(launches.n, launches.m))
+    return calm.to(torch.int32)
 
 
 def backward_results(
@@ -242,8 +244,26 @@ def unit_of(sizes: list[Tensor], operands: Operands) -> Tensor:
     return torch.ldexp(torch.ones_like(usual), exponent - (10 if operands.x.dtype == torch.float16 else 0))
 
 
+def sigmoid_sum(
+    operands: Operands, positive: Diagonal, weight: float, settings: Settings, needed: list[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """weight * sum_ij softplus(-z_ij S_ij) and its gradients, S multiplied once: 6 N M D FLOPs for both."""
+    operands = _plain(operands)
+    plan: Plan = [(1, SoftplusSum(positive))]
+    with launching.on(operands.x.device):
+        fields = fields_of(plan, operands.length(1), operands.length(0), operands.scale)
+        grad = operands.scale.new_full((operands.length(1),), weight)
+        upstream = _upstream(plan, fields, [], [grad], operands)
+        sweep = _Gradients(_Launches(operands, fields, settings), upstream, needed, values=True)
+        gradients = sweep.sweep()
+    return weight * sweep.value, gradients
+
+
 class _Gradients:
     """The backward: one panel of S after the other."""
+
+    #: The sum of the softplus terms, where `values` asks for it.
+    value: Tensor
 
     def __init__(self, launches: _Launches, upstream: Upstream, needed: list[bool], values: bool = False) -> None:
         self._launches, self._upstream, self._values = launches, upstream, values
@@ -260,6 +280,8 @@ class _Gradients:
         self._rows = _panel(n, entries / columns, 128)
         self._cols = _panel(m, entries / self._rows, 128)
         self._factor, self._row_scale = self._scales()
+        shared = any(kind == 0 and row >= 0 and col >= 0 for kind, *_, row, col in launches.fields.fields)
+        self._variants = (True, False) if shared else (False,)
         wanted = dict(zip(Operands._fields, self._needed, strict=True))
         self._sums = {
             "row_cosines": wanted["scale"],
@@ -298,7 +320,7 @@ class _Gradients:
                     each.zero_()
         unit = self._upstream.unit
         if self._values:
-            self.value = totals["values"].sum() * unit
+            self.value = totals["values"].sum()
         dscale = totals["row_cosines"] * unit if self._needed[2] else None
         if dscale is not None and not operands.per_row_scale:
             dscale = dscale.sum()
@@ -347,7 +369,7 @@ class _Gradients:
             "col_shifts": tuple(upstream.shifts[0]) or filler,
             "row_factors": tuple(upstream.factors[1]) or filler,
             "col_factors": tuple(upstream.factors[0]) or filler,
-            "one_exponential": upstream.one_exponential,
+            "one_exponential": upstream.one_exponential if len(self._variants) > 1 else None,
             "row_scale": self._row_scale,
             "weights": weights,
             "weights_stride": 0 if weights is None else weights.stride(0),
@@ -374,7 +396,10 @@ class _Gradients:
             "tiles_n": tiles_n,
         }
         sums = {name: parts.get(name) for name in self._sums}
-        launching.run(weigh_tiles, (tiles_m * tiles_n,), self._tile, arguments | panel | sums)
+        for one in self._variants:
+            launching.run(
+                weigh_tiles, (tiles_m * tiles_n,), self._tile, arguments | panel | sums | {"ONE_EXPONENTIAL": one}
+            )
         for name, part in parts.items():
             owners, first, tiles = (cols, j0, tiles_m) if name == "col_sums" else (rows, i0, tiles_n)
             totals[name][first : first + owners] += part.view(-1)[: tiles * owners].view(tiles, owners).sum(0)
@@ -424,8 +449,8 @@ class _Gradients:
 
 def _plain(operands: Operands) -> Operands:
     """The operands without their graph; vectors contiguous, as the kernels index them."""
-    x, y, *small = operands.detached()
-    return Operands(x, y, *(None if each is None else each.contiguous() for each in small))
+    x, y, scale, *biases = operands.detached()
+    return Operands(x, y, scale.contiguous(), *(None if each is None else each.contiguous() for each in biases))
 
 
 def _panel(length: int, fitting: float, multiple: int) -> int:

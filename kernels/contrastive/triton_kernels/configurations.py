@@ -32,19 +32,24 @@ class Config:
     group: int = 8
 
 
-# (block_m, block_n, block_k, warps, stages) by (kernel, kind of operand): 16-bit tensor cores, tf32 tensor cores, FMAs.
+# (block_m, block_n, block_k, warps, stages) of operands of 16 bits. Chosen by `python -m benchmarks.audit`: no spills, the
+# new matrix instructions (16 warps would fall back to the old ones), then the fewest bytes from L2 per product. A
+# warpgroup of Hopper that holds 128 rows instead of 64 needs half the shuffles for its column sums. Weights want two
+# tiles in registers, scores and weights, and on Blackwell, where a thread holds a row, a factor for each column.
 _TENSOR_16 = {
     "sm80": {"reduce": (128, 128, 32, 8, 4), "weigh": (128, 128, 32, 8, 4), "product": (128, 128, 32, 8, 4)},
-    "sm90": {"reduce": (128, 256, 64, 8, 4), "weigh": (128, 128, 64, 8, 4), "product": (128, 256, 64, 8, 4)},
-    "sm100": {"reduce": (128, 256, 64, 8, 4), "weigh": (128, 128, 64, 8, 4), "product": (128, 256, 64, 8, 4)},
+    "sm90": {"reduce": (256, 128, 64, 8, 4), "weigh": (128, 128, 64, 8, 4), "product": (128, 256, 64, 8, 4)},
+    "sm100": {"reduce": (128, 128, 64, 8, 4), "weigh": (128, 64, 64, 8, 4), "product": (128, 128, 64, 8, 4)},
     "gfx942": {"reduce": (128, 128, 32, 8, 2), "weigh": (128, 128, 32, 8, 2), "product": (128, 128, 32, 8, 2)},
 }
 _TENSOR_32 = {
-    "sm80": (128, 128, 32, 8, 3),
-    "sm90": (128, 128, 32, 8, 4),
-    "sm100": (128, 128, 32, 8, 4),
-    "gfx942": (64, 64, 32, 4, 2),
+    "sm80": {"reduce": (128, 128, 32, 8, 3), "weigh": (128, 64, 32, 8, 3), "product": (128, 128, 32, 8, 3)},
+    "sm90": {"reduce": (128, 128, 32, 8, 4), "weigh": (128, 64, 32, 8, 4), "product": (128, 128, 32, 8, 4)},
+    "sm100": {"reduce": (128, 128, 32, 8, 3), "weigh": (128, 64, 32, 8, 3), "product": (128, 128, 32, 8, 3)},
+    "gfx942": {"reduce": (64, 64, 32, 4, 2), "weigh": (64, 64, 32, 4, 2), "product": (64, 64, 32, 4, 2)},
 }
+# Three products of halves hold four tiles of operands in registers where the old instructions read them from there.
+_SM80_TF32X3 = {"reduce": (128, 64, 32, 8, 3), "weigh": (128, 64, 32, 8, 3), "product": (64, 64, 16, 4, 3)}
 _FMA = (64, 64, 16, 4, 2)
 
 
@@ -73,8 +78,10 @@ def pick_config(
         tile = _TENSOR_16[arch][kernel]
     elif precision == "ieee":
         tile = _FMA
+    elif precision == "tf32x3" and arch == "sm80":
+        tile = _SM80_TF32X3[kernel]
     else:
-        tile = _TENSOR_32[arch]
+        tile = _TENSOR_32[arch][kernel]
     block_m, block_n, block_k, warps, stages = tile
     if columns is not None:
         while block_n >= 2 * max(columns, 64):

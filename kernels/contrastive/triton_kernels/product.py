@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementwise import rounded
+from .elementwise import rounded, wide
 from .tiles import load_block, tile_of
 
 
@@ -44,7 +44,14 @@ def add_product(
     """
     i, j = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP)
     row, col = i * BM, j * BN
-    block = tl.zeros((BM, BN), tl.float32)
+    # A block's own offsets fit into 32 bits, that of its first row may not.
+    start = wide(row) * width + col
+    at = tl.arange(0, BM)[:, None] * width + tl.arange(0, BN)[None, :]
+    mask = (row + tl.arange(0, BM) < rows)[:, None] & (col + tl.arange(0, BN) < width)[None, :]
+    if CONTINUE:
+        block = tl.load(total + start + at, mask=mask, other=0.0)
+    else:
+        block = tl.zeros((BM, BN), tl.float32)
     for k in range(0, depth, BK):
         if TRANSPOSED:
             w = tl.trans(load_block(weights, weights_strides, k, row, depth, rows, BK, BM, TMA_WEIGHTS))
@@ -54,13 +61,8 @@ def add_product(
         if INTERPRETED:
             w, f = w.to(tl.float32), f.to(tl.float32)
         block = tl.dot(w, f, block, input_precision=PRECISION)
-    local, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
-    at = local.to(tl.int64)[:, None] * width + cols[None, :]
-    mask = (local < rows)[:, None] & (cols < width)[None, :]
-    if CONTINUE:
-        block += tl.load(total + at, mask=mask, other=0.0)
     if out is None:
-        tl.store(total + at, block, mask=mask)
+        tl.store(total + start + at, block, mask=mask)
     else:
         block *= tl.load(factor)
-        tl.store(out + at, rounded(block, out.dtype.element_ty, INTERPRETED), mask=mask)
+        tl.store(out + start + at, rounded(block, out.dtype.element_ty, INTERPRETED), mask=mask)

@@ -42,6 +42,7 @@ def reduce_tiles(
     tiles_m,
     tiles_n,
     FIELDS: tl.constexpr,
+    CALM: tl.constexpr,
     PER_ROW: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -55,9 +56,13 @@ def reduce_tiles(
 
     Stores, for each field and direction that wants it, (shift, sum) of every row of the tile to row_partials
     [slots, 2, tiles_n, panel_rows] and of every column to col_partials [slots, 2, tiles_m, M], where the sum is
-    sum 2^(S - shift) for a log-sum-exp and sum softplus, without a shift, for the softplus. Where `calm`, no score can
-    overflow, and neither maxima nor shifts are taken.
+    sum 2^(S - shift) for a log-sum-exp and sum softplus, without a shift, for the softplus.
+
+    Two variants are launched, and one of them returns at once: where `calm` says that no score can overflow, the other
+    one, which takes maxima and shifts, has nothing to do. The host need not know, and so need not wait.
     """
+    if (tl.load(calm) != 0) != CALM:
+        return
     i, j = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP)
     row, col = panel + i * BM, j * BN
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
@@ -81,7 +86,7 @@ def reduce_tiles(
             )
             if WEIGHTS >= 0:
                 z += tl.log2(_along(tensors[WEIGHTS], rows, cols, n, m, DIM))
-            row_shift, row_sum, col_shift, col_sum = _log_sum_exp(z, calm, ROW >= 0, COL >= 0, BM, BN)
+            row_shift, row_sum, col_shift, col_sum = _log_sum_exp(z, CALM, ROW >= 0, COL >= 0, BM, BN)
             if ROW >= 0:
                 tl.store(to_row, row_shift, mask=row_mask)
             if COL >= 0:
@@ -125,26 +130,27 @@ def _along(weights, rows, cols, n, m, DIM: tl.constexpr):
 
 
 @triton.jit
-def _log_sum_exp(z, calm, ROWS: tl.constexpr, COLS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def _log_sum_exp(z, CALM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """(shift, sum 2^(z - shift)) of each row and of each column, all from one exponential per pair.
 
-    Unless `calm` the tile's maximum is everybody's shift. Where some row or column lies far below it, everybody's own
+    Unless CALM the tile's maximum is everybody's shift. Where some row or column lies far below it, everybody's own
     maximum is, which takes the exponentials again, one direction at a time.
     """
     row_shift, col_shift = tl.zeros((BM,), tl.float32), tl.zeros((BN,), tl.float32)
-    if tl.load(calm) != 0:
+    if CALM:
         terms = tl.exp2(z)
         row_sum, col_sum = tl.sum(terms, 1), tl.sum(terms, 0)
     else:
         row_max, col_max = tl.max(z, 1), tl.max(z, 0)
         peak = finite(tl.max(row_max, 0))
-        terms = tl.exp2(z - peak)
-        row_sum, col_sum = tl.sum(terms, 1), tl.sum(terms, 0)
-        row_shift, col_shift = row_shift + peak, col_shift + peak
         if _far(row_max, peak, ROWS) | _far(col_max, peak, COLS):
             row_shift, col_shift = finite(row_max), finite(col_max)
             row_sum = tl.sum(tl.exp2(z - row_shift[:, None]), 1)
             col_sum = tl.sum(tl.exp2(z - col_shift[None, :]), 0)
+        else:
+            row_shift, col_shift = row_shift + peak, col_shift + peak
+            terms = tl.exp2(z - peak)
+            row_sum, col_sum = tl.sum(terms, 1), tl.sum(terms, 0)
     return row_shift, row_sum, col_shift, col_sum
 
 
@@ -203,7 +209,8 @@ def merge_partials(
             total += tl.sum(sums, 0)
     if KIND == 0:
         tl.store(shifts + at, finite(shift), mask=mask)
-        tl.store(results + at, tl.where(total == 0, float("-inf"), finite(shift) + tl.log2(total)) * LN2, mask=mask)
+        value = finite(shift) + tl.log2(tl.where(total == 0, 1.0, total))
+        tl.store(results + at, tl.where(total == 0, float("-inf"), value * LN2), mask=mask)
     else:
         tl.store(results + at, total * LN2, mask=mask)
     tl.store(totals + at, total, mask=mask)

@@ -26,11 +26,13 @@ def load_block(source, strides, row, col, row_end, col_end, ROWS: tl.constexpr, 
     With TMA `source` is a descriptor, whose matrix ends there; else it is a pointer with `strides`.
     """
     if TMA:
-        return source.load([row, col])
-    rows, cols = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
-    # 64 bits: a matrix of 2^31 elements is 65,536 rows of 32,768, and nothing unusual.
-    offsets = rows.to(tl.int64)[:, None] * strides[0] + cols.to(tl.int64)[None, :] * strides[1]
-    return tl.load(source + offsets, mask=(rows < row_end)[:, None] & (cols < col_end)[None, :], other=0.0)
+        block = source.load([row, col])
+    else:
+        rows, cols = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
+        # 64 bits: a matrix of 2^31 elements is 65,536 rows of 32,768, and nothing unusual.
+        offsets = rows.to(tl.int64)[:, None] * strides[0] + cols.to(tl.int64)[None, :] * strides[1]
+        block = tl.load(source + offsets, mask=(rows < row_end)[:, None] & (cols < col_end)[None, :], other=0.0)
+    return block
 
 
 @triton.jit

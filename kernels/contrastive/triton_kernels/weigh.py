@@ -50,6 +50,7 @@ def weigh_tiles(
     tiles_n,
     FIELDS: tl.constexpr,
     PAIRS: tl.constexpr,
+    ONE_EXPONENTIAL: tl.constexpr,
     PER_ROW: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -67,8 +68,12 @@ def weigh_tiles(
     to `values` [tiles_n, panel_rows].
 
     With f and s a row's factor and shift, a log-sum-exp contributes f 2^(S - s) to its row's weights, and the same in
-    its column's terms; where `one_exponential`, no shift is large and both come from one: 2^S (f 2^-s + f' 2^-s').
+    its column's terms; where no shift is large both come from one: 2^S (f 2^-s + f' 2^-s'). Whether that is so
+    `one_exponential` says; as in `reduce_tiles` both variants are launched, and one returns at once.
     """
+    if one_exponential is not None:
+        if (tl.load(one_exponential) != 0) != ONE_EXPONENTIAL:
+            return
     i, j = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP)
     row, col = panel_row + i * BM, panel_col + j * BN
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
@@ -106,7 +111,7 @@ def weigh_tiles(
             if COL >= 0:
                 col_shift = tl.load(col_shifts[COL] + cols, mask=col_mask, other=0.0)
             if ROW >= 0 and COL >= 0:
-                if tl.load(one_exponential) != 0:
+                if ONE_EXPONENTIAL:
                     by_row, by_col = row_factor * tl.exp2(-row_shift), col_factor * tl.exp2(-col_shift)
                     gradient += tl.exp2(z) * (by_row[:, None] + by_col[None, :])
                 else:
@@ -134,16 +139,13 @@ def weigh_tiles(
             if COL >= 0:
                 gradient += slope * col_factor[None, :]
     for p in tl.static_range(len(PAIRS)):
-        OWN: tl.constexpr = PAIRS[p][0]
-        ROW: tl.constexpr = PAIRS[p][1]
-        COL: tl.constexpr = PAIRS[p][2]
-        if touched(row, col, n, m, numbers, OWN, BM, BN):
-            own = named(scores, rows, cols, n, m, numbers, tensors, OWN, 1)
-            if ROW >= 0:
-                upstream = tl.load(row_factors[ROW] + rows, mask=row_mask, other=0.0)
+        if touched(row, col, n, m, numbers, PAIRS[p][0], BM, BN):
+            own = named(scores, rows, cols, n, m, numbers, tensors, PAIRS[p][0], 1)
+            if PAIRS[p][1] >= 0:
+                upstream = tl.load(row_factors[PAIRS[p][1]] + rows, mask=row_mask, other=0.0)
                 gradient += tl.where(own, upstream[:, None], 0.0)
-            if COL >= 0:
-                upstream = tl.load(col_factors[COL] + cols, mask=col_mask, other=0.0)
+            if PAIRS[p][2] >= 0:
+                upstream = tl.load(col_factors[PAIRS[p][2]] + cols, mask=col_mask, other=0.0)
                 gradient += tl.where(own, upstream[None, :], 0.0)
     local_row, local_col = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
     inside_rows, inside_cols = local_row < panel_rows, local_col < panel_cols
@@ -159,6 +161,8 @@ def weigh_tiles(
     if weights is not None:
         if row_scale is not None:
             gradient *= tl.load(row_scale + rows, mask=row_mask, other=0.0)[:, None]
-        at = weights + local_row.to(tl.int64)[:, None] * weights_stride + local_col[None, :]
+        # A tile's own offsets fit into 32 bits, that of its first row may not.
+        start = wide(i * BM) * weights_stride + j * BN
+        at = weights + start + (tl.arange(0, BM)[:, None] * weights_stride + tl.arange(0, BN)[None, :])
         kept = rounded(gradient, weights.dtype.element_ty, INTERPRETED)
         tl.store(at, kept, mask=inside_rows[:, None] & inside_cols[None, :])

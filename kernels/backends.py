@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 
-from .build import built_library, missing_tool, operators_obstacle, warn_of
+from .build import built_library, missing_tool, operators_obstacle, warn_of, warn_once
 
 #: What each backend is, in the order in which `info()` lists them.
 BACKENDS = {
@@ -61,9 +60,7 @@ def _gpu_default() -> str:
     obstacle = _triton_obstacle()
     if obstacle is None:
         return "triton"
-    warnings.warn(
-        f"pairtile serves GPU tensors by its torch backend, which is slower: {obstacle}", RuntimeWarning, stacklevel=4
-    )
+    warn_once(f"The torch backend serves on the GPU, which is slower, because {obstacle}")
     return "torch"
 
 

@@ -256,11 +256,12 @@ def _load_operators() -> str | None:
 
 def warn_of(obstacle: str) -> None:
     """Say once in a process that the torch backend serves instead of the C++ operators, and why."""
-    _warn_once(f"The torch backend serves on the CPU, because pairtile's C++ operators {obstacle}")
+    warn_once(f"The torch backend serves on the CPU, because pairtile's C++ operators {obstacle}")
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Warn, but of the same thing only once in a process."""
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 

@@ -19,17 +19,20 @@ from .operands import Operands, pair_scores
 from .plan import Plan
 from .reductions import Diagonal, LogSumExp, PairScore, SoftplusSum
 from .triton_kernels import launching
-from .triton_kernels.configurations import Config, pick_config
+from .triton_kernels.configurations import Config
 from .triton_kernels.fields import Fields, fields_of
 from .triton_kernels.launching import cdiv
 from .triton_kernels.product import add_product
 from .triton_kernels.reduce import merge_partials, reduce_tiles
+from .triton_kernels.tuning import chosen_config
 from .triton_kernels.weigh import weigh_tiles
 
 # |S| + ln max(N, M) below this (natural): no sum of exponentials of scores leaves float32.
 _CALM = 80.0
 # Shifts (base 2) up to this size: a row's and a column's factor can share one exponential, see `weigh_tiles`.
 _ONE_EXPONENTIAL = 90.0
+# Rows and columns of a panel, unless it ends with S: panels then begin where tiles do.
+_PANEL_MULTIPLE = 256
 # Owners of one program of merge_partials, and how many tiles it joins at a time.
 _MERGE_BLOCK, _MERGE_TILES = 64, 32
 
@@ -46,7 +49,7 @@ class _Launches:
         self.tma = launching.aligned(x, self.arch) and launching.aligned(y, self.arch)
 
     def config(self, kernel: str, **more: Any) -> Config:
-        return pick_config(self.arch, kernel, self.dtype, self.d, self.settings.precision, **more)
+        return chosen_config(self.arch, kernel, self.dtype, self.d, self.settings.precision, **more)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return launching.empty(*shape, dtype=dtype, device=self.device)
@@ -273,12 +276,7 @@ class _Gradients:
         n, m, d = launches.n, launches.m, launches.d
         self._tile = launches.config("weigh")
         self._product = launches.config("product", columns=d)
-        itemsize = operands.x.element_size()
-        # About square, so that the panel's share of dx and of dy, read and written once for each, is small beside it.
-        entries = launches.settings.budget / itemsize
-        columns = _panel(m, math.sqrt(entries), 128)
-        self._rows = _panel(n, entries / columns, 128)
-        self._cols = _panel(m, entries / self._rows, 128)
+        self._rows, self._cols = panel_shape(n, m, launches.settings.budget // operands.x.element_size())
         self._factor, self._row_scale = self._scales()
         shared = any(kind == 0 and row >= 0 and col >= 0 for kind, *_, row, col in launches.fields.fields)
         self._variants = (True, False) if shared else (False,)
@@ -451,6 +449,20 @@ def _plain(operands: Operands) -> Operands:
     """The operands without their graph; vectors contiguous, as the kernels index them."""
     x, y, scale, *biases = operands.detached()
     return Operands(x, y, scale.contiguous(), *(None if each is None else each.contiguous() for each in biases))
+
+
+def panel_shape(n: int, m: int, entries: int) -> tuple[int, int]:
+    """Rows and columns of the panels of the backward, whose weights, `entries` of them, are in memory.
+
+    Each panel reads and writes what dx and dy have so far. A side that is in every panel as a whole needs no second
+    panel for its partner, and so no float32 sum of it; if neither is short enough, square panels move the least.
+    """
+    side = math.isqrt(entries)
+    if min(n, m) <= 2 * side:
+        short = min(n, m)
+        long = _panel(max(n, m), entries / max(1, short), _PANEL_MULTIPLE)
+        return (short, long) if n <= m else (long, short)
+    return _panel(n, side, _PANEL_MULTIPLE), _panel(m, side, _PANEL_MULTIPLE)
 
 
 def _panel(length: int, fitting: float, multiple: int) -> int:

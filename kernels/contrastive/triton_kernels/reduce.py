@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import LN2, finite, softplus2, wide
-from .rules import excluding, signed
+from .rules import excluding, negating
 from .tiles import base2_scores, cosines, tile_of
 
 #: How far, in base 2, a row's maximum may lie below its tile's before the row gets exponentials of its own. A term
@@ -92,10 +92,10 @@ def reduce_tiles(
             if COL >= 0:
                 tl.store(to_col, col_shift, mask=col_mask)
         else:
-            signed_scores = signed(scores, row, col, rows, cols, n, m, numbers, tensors, POSITIVE, DIM, BM, BN)
+            a = negating(scores, scores, row, col, rows, cols, n, m, numbers, tensors, POSITIVE, DIM, BM, BN)
             terms = excluding(
                 scores,
-                softplus2(signed_scores),
+                softplus2(a),
                 0.0,
                 row,
                 col,

@@ -94,8 +94,9 @@ def excluding(
 
 
 @triton.jit
-def signed(
+def negating(
     scores,
+    value,
     row,
     col,
     rows,
@@ -109,8 +110,8 @@ def signed(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """-z S: the argument of softplus; z = +1 for the pairs that RULES name, else -1."""
+    """`value`, a tile like the scores, negated at the pairs that RULES name. Of the scores: -z S, the softplus' argument."""
     if len(RULES) > 0:
         if touched(row, col, n, m, numbers, RULES, BM, BN):
-            scores = tl.where(named(scores, rows, cols, n, m, numbers, tensors, RULES, DIM), -scores, scores)
-    return scores
+            value = tl.where(named(scores, rows, cols, n, m, numbers, tensors, RULES, DIM), -value, value)
+    return value

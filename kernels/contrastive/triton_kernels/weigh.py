@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import LN2, rounded, sigmoid2, softplus2, wide
-from .rules import excluding, named, signed, touched
+from .rules import excluding, named, negating, touched
 from .tiles import base2_scores, cosines, tile_of
 
 
@@ -122,10 +122,10 @@ def weigh_tiles(
             else:
                 gradient += tl.exp2(z - col_shift[None, :]) * col_factor[None, :]
         else:
-            a = signed(scores, row, col, rows, cols, n, m, numbers, tensors, POSITIVE, DIM, BM, BN)
+            a = negating(scores, scores, row, col, rows, cols, n, m, numbers, tensors, POSITIVE, DIM, BM, BN)
             slope = sigmoid2(a)
-            # a is S or -S: its sign, times that of S, is the sign of the slope.
-            slope = signed(slope, row, col, rows, cols, n, m, numbers, tensors, POSITIVE, DIM, BM, BN)
+            # d softplus(-z S) / dS = -z sigmoid(-z S)
+            slope = negating(scores, slope, row, col, rows, cols, n, m, numbers, tensors, POSITIVE, DIM, BM, BN)
             slope = excluding(scores, slope, 0.0, row, col, rows, cols, n, m, numbers, tensors, EXCLUDE, DIM, BM, BN)
             if values is not None:
                 terms = excluding(

@@ -104,10 +104,9 @@ void cross_entropy_upstream(const Problem& problem, const CrossEntropy& loss, co
 double cross_entropy_in_one_go(const Problem& problem, const CrossEntropy& loss, Needed needed, Gradients& gradients) {
   const Plan plan = cross_entropy_plan(loss);
   const std::vector<double> own = pair_scores(problem, loss.partner);
-  std::unique_ptr<Sweep> sweep = make_sweep(problem, plan, /*in_one_go=*/true);
   double value = 0;
-  gradients = sweep->forward_backward(
-      needed, [&](int64_t begin, int64_t end, const std::vector<Statistics>& known, std::vector<Upstream>& upstream) {
+  gradients = forward_backward(
+      problem, plan, needed, [&](int64_t begin, int64_t end, const std::vector<Statistics>& known, std::vector<Upstream>& upstream) {
         for (int64_t i = begin; i < end; ++i) {
           OwnerGradient gradient{0, 0};
           if (has_partner(problem, loss.partner, i)) {

@@ -17,6 +17,9 @@ constexpr int64_t padded_depth(int64_t depth) {
   return std::is_same_v<T, float> ? depth : (depth + 1) / 2 * 2;
 }
 
+// Products are cut along k, so that a strip of an operand B stays in the second-level cache.
+constexpr int64_t kDepth = 512;
+
 template <typename To, typename From>
 void convert_row(const From* from, To* to, int64_t count) {
   for (int64_t k = 0; k < count; ++k) {
@@ -51,9 +54,9 @@ void copy_rows(const From* from, int64_t rows, int64_t count, int64_t ld, int64_
 // Operands B are packed in strips of 64 columns, one behind the other, so that a product reads memory as it lies.
 constexpr int64_t kStrip = 64;
 
-// Features y [rows, d] as a strip of the operand B of x y^T: [d][width], width <= 64, zero behind `rows`.
+// Features y [rows, d], ld apart, as a strip of the operand B of x y^T: [d][width], width <= 64, zero behind `rows`.
 template <typename From>
-void pack_transposed(const From* y, int64_t rows, int64_t d, float* to, int64_t width) {
+void pack_transposed(const From* y, int64_t rows, int64_t d, int64_t ld, float* to, int64_t width) {
   constexpr int64_t kStep = 64;
   float strip[16 * kStep];
   for (int64_t r = 0; r < width; r += 16) {
@@ -62,13 +65,13 @@ void pack_transposed(const From* y, int64_t rows, int64_t d, float* to, int64_t 
       const int64_t depth = std::min(kStep, d - k);
       if constexpr (std::is_same_v<From, float>) {
         if (real == 16) {
-          transpose(y + r * d + k, d, 16, depth, to + k * width + r, width);
+          transpose(y + r * ld + k, ld, 16, depth, to + k * width + r, width);
           continue;
         }
       }
       for (int64_t i = 0; i < 16; ++i) {
         if (i < real) {
-          convert_row(y + (r + i) * d + k, strip + i * kStep, depth);
+          convert_row(y + (r + i) * ld + k, strip + i * kStep, depth);
         } else {
           std::fill_n(strip + i * kStep, depth, 0.0f);
         }
@@ -79,7 +82,8 @@ void pack_transposed(const From* y, int64_t rows, int64_t d, float* to, int64_t 
 }
 
 // The same for bfloat16, in pairs along d: [d / 2][width][2]. A pair is moved as the 32 bits of a float.
-inline void pack_transposed(const at::BFloat16* y, int64_t rows, int64_t d, at::BFloat16* to, int64_t width) {
+inline void pack_transposed(const at::BFloat16* y, int64_t rows, int64_t d, int64_t ld, at::BFloat16* to,
+                            int64_t width) {
   const int64_t pairs = padded_depth<at::BFloat16>(d) / 2;
   float* out = reinterpret_cast<float*>(to);
   constexpr int64_t kStep = 64;
@@ -91,20 +95,21 @@ inline void pack_transposed(const at::BFloat16* y, int64_t rows, int64_t d, at::
       const int64_t bytes = std::min(2 * depth, d - 2 * k) * static_cast<int64_t>(sizeof(at::BFloat16));
       std::memset(strip, 0, sizeof(strip));
       for (int64_t i = 0; i < real; ++i) {
-        std::memcpy(strip + i * kStep, y + (r + i) * d + 2 * k, bytes);
+        std::memcpy(strip + i * kStep, y + (r + i) * ld + 2 * k, bytes);
       }
       transpose(strip, kStep, 16, depth, out + k * width + r, width);
     }
   }
 }
 
-// Features y [rows, d] as the operand B of G y, strip by strip: [d / 64][rows][64] in float, the last one narrower.
+// Features y [rows, d], ld apart, as the operand B of G y, strip by strip: [d / 64][rows][64] in float, the last one
+// narrower.
 template <typename From>
-void pack_straight(const From* y, int64_t rows, int64_t d, float* to) {
+void pack_straight(const From* y, int64_t rows, int64_t d, int64_t ld, float* to) {
   for (int64_t k = 0; k < d; k += kStrip) {
     const int64_t width = std::min(kStrip, d - k);
     for (int64_t r = 0; r < rows; ++r) {
-      convert_row(y + r * d + k, to + k * rows + r * width, width);
+      convert_row(y + r * ld + k, to + k * rows + r * width, width);
     }
   }
 }
@@ -117,7 +122,7 @@ inline void interleave(const uint16_t* even, const uint16_t* odd, uint32_t* to, 
 }
 
 // In bfloat16, pairs along the rows: [d / 64][rows / 2][64][2], zero behind `rows`.
-inline void pack_straight(const at::BFloat16* y, int64_t rows, int64_t d, at::BFloat16* to) {
+inline void pack_straight(const at::BFloat16* y, int64_t rows, int64_t d, int64_t ld, at::BFloat16* to) {
   static constexpr uint16_t kZeros[kStrip] = {};
   const uint16_t* from = reinterpret_cast<const uint16_t*>(y);
   uint32_t* out = reinterpret_cast<uint32_t*>(to);
@@ -125,17 +130,17 @@ inline void pack_straight(const at::BFloat16* y, int64_t rows, int64_t d, at::BF
   for (int64_t k = 0; k < d; k += kStrip) {
     const int64_t width = std::min(kStrip, d - k);
     for (int64_t p = 0; p < pairs; ++p) {
-      const uint16_t* even = from + 2 * p * d + k;
-      interleave(even, 2 * p + 1 < rows ? even + d : kZeros, out + k * pairs + p * width, width);
+      const uint16_t* even = from + 2 * p * ld + k;
+      interleave(even, 2 * p + 1 < rows ? even + ld : kZeros, out + k * pairs + p * width, width);
     }
   }
 }
 
-// x [rows, d] transposed: the operand A of x^T G, [d][ld], zero behind `rows` up to ld.
+// x [rows, d] transposed: the operand A of x^T G, [d][ld], zero behind `rows` up to `padded`.
 template <typename To, typename From>
-void pack_turned(const From* x, int64_t rows, int64_t d, To* to, int64_t ld) {
+void pack_turned(const From* x, int64_t rows, int64_t d, To* to, int64_t ld, int64_t padded) {
   float block[16 * 16], turned[16 * 16];
-  for (int64_t r = 0; r < ld; r += 16) {
+  for (int64_t r = 0; r < padded; r += 16) {
     const int64_t real = std::clamp<int64_t>(rows - r, 0, 16);
     for (int64_t k = 0; k < d; k += 16) {
       const int64_t depth = std::min<int64_t>(16, d - k);

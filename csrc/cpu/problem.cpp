@@ -117,21 +117,21 @@ int64_t kept_chunks(const Problem& problem, const Tiles& tiles) {
   return std::min(tiles.chunks, (problem.budget - working_bytes(problem)) / bytes);
 }
 
-double score_bound(const Problem& problem) {
+Bounds bounds_of(const Problem& problem) {
   constexpr double none = std::numeric_limits<double>::infinity();
   if (problem.col_bias) {
-    return none;
+    return {none, none};
   }
   float scale = 0, offset = 0;
   for (int64_t i = 0; i < problem.n; ++i) {
     if (!(problem.scales()[i] > 0 && std::isfinite(problem.offsets()[i]))) {
-      return none;
+      return {none, none};
     }
     scale = std::max(scale, problem.scales()[i]);
     offset = std::max(offset, std::abs(problem.offsets()[i]));
   }
-  const double bound = scale * largest_norm(problem.x) * largest_norm(problem.y) + offset;
-  return std::isfinite(bound) ? bound : none;
+  const double column = largest_norm(problem.y), bound = scale * largest_norm(problem.x) * column + offset;
+  return {std::isfinite(bound) ? bound : none, column};
 }
 
 }  // namespace pairtile

@@ -52,8 +52,11 @@ int64_t working_bytes(const Problem& problem);
 // kernels/contrastive/cpp_backend.py repeats this formula for shapes without data.
 int64_t kept_chunks(const Problem& problem, const Tiles& tiles);
 
-// A bound of |S|; infinite where a scale is not positive, a column bias is given, or a number is not finite.
-double score_bound(const Problem& problem);
+struct Bounds {
+  double score;   // of |S|; infinite where a scale is not positive, a column bias is given, or a number is not finite
+  double column;  // the largest norm in y, if that of the scores is finite
+};
+Bounds bounds_of(const Problem& problem);
 
 // Up to this bound exp(S) is safe without a shift, in sums and in weights exp(S) * (gradient / sum). The factor
 // of an owner whose m scores are all 50 is a normal float, with all its digits, while gradient / m is above 6e-17. (At

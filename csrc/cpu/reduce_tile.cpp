@@ -17,13 +17,14 @@ bool is_log_sum_exp(const Running& running) { return running.reduction->kind == 
 
 }  // namespace
 
-Mode::Mode(const Problem& problem, const Plan& plan) : uniform(false) {
+Mode::Mode(const Problem& problem, const Plan& plan) : uniform(false), bounds{} {
   if (!plan.uniform()) {
     return;
   }
   // Sums of softplus never overflow where the scores do not.
   const bool softplus_sum = plan.first_dense()->kind == Kind::kSoftplusSum;
-  uniform = score_bound(problem) < (softplus_sum ? std::numeric_limits<double>::infinity() : kSafeScore);
+  bounds = bounds_of(problem);
+  uniform = bounds.score < (softplus_sum ? std::numeric_limits<double>::infinity() : kSafeScore);
   special = plan.special();
 }
 

@@ -51,12 +51,16 @@ class Sweep {
   virtual Gradients backward(const std::vector<Upstream>& upstream, Needed needed, const float* kept,
                              int64_t kept_chunks, std::vector<double>* losses = nullptr) = 0;
 
-  // Forward and backward together, for plans whose dense reductions are of rows alone. 6 n m d FLOPs.
+  // Both together, as below, of any plan and size.
   virtual Gradients forward_backward(Needed needed, const UpstreamOf& upstream_of) = 0;
 };
 
 // `in_one_go`: for forward_backward.
 std::unique_ptr<Sweep> make_sweep(const Problem& problem, const Plan& plan, bool in_one_go = false);
+
+// Forward and backward together, for plans whose dense reductions are of rows alone. 6 n m d FLOPs. The fastest sweep
+// (one_go.h), or where that does not serve the plan, TypedSweep.
+Gradients forward_backward(const Problem& problem, const Plan& plan, Needed needed, const UpstreamOf& upstream_of);
 
 // S at each row's partner in float64, -inf where there is none; the gradient of a well aligned batch hangs on it.
 std::vector<double> pair_scores(const Problem& problem, const Partner& partner);

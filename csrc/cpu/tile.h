@@ -90,7 +90,7 @@ void sum_tile(const Tile& tile, const float* scale, const float* offset, RowSums
   });
 }
 
-// out = f(r, S) * (row_factor + col_factor); the factors of an axis may be absent.
+// out = f(r, S) * (row_factor + col_factor); the factors of an axis may be absent, or those of both.
 template <bool by_row, bool by_col, typename Function>
 void weigh_tile(const Tile& tile, const float* scale, const float* offset, const float* row_factor,
                 const float* col_factor, float* out, const Function& f) {
@@ -104,8 +104,11 @@ void weigh_tile(const Tile& tile, const float* scale, const float* offset, const
       const Vec a(scale[r]), b(offset[r]), row(by_row ? row_factor[r] : 0.0f);
       for (int v = 0; v < vectors; ++v) {
         const Vec score = at::vec::fmadd(a, Vec::loadu(tile.row(r) + c + v * kLanes), b);
-        const Vec factor = by_row && by_col ? row + columns[v] : (by_row ? row : columns[v]);
-        (f(r, score) * factor).store(out + r * tile.ld + c + v * kLanes);
+        Vec value = f(r, score);
+        if constexpr (by_row || by_col) {
+          value = value * (by_row && by_col ? row + columns[v] : (by_row ? row : columns[v]));
+        }
+        value.store(out + r * tile.ld + c + v * kLanes);
       }
     }
   });

@@ -17,6 +17,7 @@ namespace pairtile {
 struct Mode {
   Mode(const Problem& problem, const Plan& plan);
   bool uniform;
+  Bounds bounds;                   // known for uniform plans
   std::optional<Partner> special;  // uniform: the pair of a row that is left out, or positive
 };
 

@@ -11,8 +11,8 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/zeros.h>
 
+#include "gradients.h"
 #include "operands.h"
 #include "parallel.h"
 #include "product.h"
@@ -20,31 +20,11 @@
 
 namespace pairtile {
 
-template <typename T>
-double dot(const T* a, const float* b, int64_t count) {
-  double lanes[8] = {};
-  int64_t k = 0;
-  for (; k + 8 <= count; k += 8) {
-    for (int64_t l = 0; l < 8; ++l) {
-      lanes[l] += static_cast<double>(static_cast<float>(a[k + l])) * b[k + l];
-    }
-  }
-  double sum = 0;
-  for (; k < count; ++k) {
-    sum += static_cast<double>(static_cast<float>(a[k])) * b[k];
-  }
-  for (double lane : lanes) {
-    sum += lane;
-  }
-  return sum;
-}
-
 template <typename In, typename Operand>
 class TypedSweep final : public Sweep {
   static constexpr bool kFloats = std::is_same_v<Operand, float>;
   static constexpr bool kDirect = kFloats && std::is_same_v<In, float>;  // features are operands as they lie
   static constexpr int64_t kPair = kFloats ? 1 : 2;                      // bfloat16 operands B come in pairs of rows
-  static constexpr int64_t kDepth = 512;           // of one product, along k
   static constexpr int64_t kOwned = 256;           // features of dy that one task of step 3 adds up
   static constexpr int64_t kLeanRows = 2048;       // up to here features may stay as they lie,
   static constexpr int64_t kFullRows = 256;        // or where chunks had to be lower than this, because S is wide;
@@ -94,12 +74,13 @@ class TypedSweep final : public Sweep {
   Gradients backward(const std::vector<Upstream>& upstream, Needed needed, const float* kept, int64_t kept_chunks,
                      std::vector<double>* losses) override {
     const Weigher weigher(problem_, plan_, tiles_, mode_, upstream);
-    Gradients gradients = start_gradients(needed);
+    Gradients gradients = start_gradients(problem_, needed);
+    dy_ = start_columns(problem_, needed, gradients);
     // Removed pairs are put back into stored tiles: they are as const as they look, one thread at a time.
     for_each_panel(panel_chunks_, const_cast<float*>(kept), kept_chunks, [&](int64_t first, int64_t last, float* store, int64_t stored) {
       backward_panel(first, last, weigher, needed, store, stored, losses, gradients);
     });
-    finish_gradients(needed, gradients);
+    finish_columns(needed, gradients);
     return gradients;
   }
 
@@ -116,7 +97,8 @@ class TypedSweep final : public Sweep {
       each.shift.resize(n_);
     }
     const Weigher weigher(problem_, plan_, tiles_, mode_, upstream);
-    Gradients gradients = start_gradients(needed);
+    Gradients gradients = start_gradients(problem_, needed);
+    dy_ = start_columns(problem_, needed, gradients);
     for (int64_t first = 0; first < tiles_.chunks; first += step) {
       const int64_t last = std::min(first + step, tiles_.chunks), stored = stores ? last - first : 0;
       const int64_t begin = first * tiles_.rows, end = std::min(last * tiles_.rows, n_);
@@ -124,7 +106,7 @@ class TypedSweep final : public Sweep {
       upstream_of(begin, end, reducer.statistics(begin, end), upstream);
       backward_panel(first, last, weigher, needed, cosines.data(), stored, nullptr, gradients);
     }
-    finish_gradients(needed, gradients);
+    finish_columns(needed, gradients);
     return gradients;
   }
 
@@ -197,7 +179,7 @@ class TypedSweep final : public Sweep {
       const int64_t block = first + task / strips, start = task % strips * kStrip, width = width_of(block) - start;
       if (width > 0) {
         const int64_t rows = std::clamp<int64_t>(tiles_.cols_of(block, m_) - start, 0, kStrip);
-        pack_transposed(y_ + (block * tiles_.cols + start) * d_, rows, d_,
+        pack_transposed(y_ + (block * tiles_.cols + start) * d_, rows, d_, d_,
                         to + ((block - first) * tiles_.cols + start) * depth_, std::min(kStrip, width));
       }
     });
@@ -207,7 +189,7 @@ class TypedSweep final : public Sweep {
   void pack_blocks(int64_t first, int64_t last) {
     straight_.reserve(panel_blocks_ * tiles_.cols * d_);
     run(last - first, [&](int64_t task, int64_t) {
-      pack_straight(y_ + (first + task) * tiles_.cols * d_, tiles_.cols_of(first + task, m_), d_,
+      pack_straight(y_ + (first + task) * tiles_.cols * d_, tiles_.cols_of(first + task, m_), d_, d_,
                     straight_.data() + task * tiles_.cols * d_);
     });
   }
@@ -217,7 +199,7 @@ class TypedSweep final : public Sweep {
     turned_.reserve((last - first) * tiles_.rows * d_);
     run(last - first, [&](int64_t task, int64_t) {
       pack_turned(x_ + (first + task) * tiles_.rows * d_, tiles_.rows_of(first + task, n_), d_,
-                  turned_.data() + task * tiles_.rows * d_, tiles_.rows);
+                  turned_.data() + task * tiles_.rows * d_, tiles_.rows, tiles_.rows);
     });
   }
 
@@ -311,33 +293,6 @@ class TypedSweep final : public Sweep {
   }
 
   // ---- backward -----------------------------------------------------------------------------------------------
-
-  Gradients start_gradients(Needed needed) {
-    Gradients gradients;
-    const bool nothing = n_ == 0 || m_ == 0;
-    auto make = [&](int64_t length, at::TensorOptions options) {
-      return nothing ? at::zeros({length, d_}, options) : empty_in_huge_pages({length, d_}, options);
-    };
-    const at::TensorOptions options = problem_.x.options();
-    if (needed.x) {
-      gradients.x = make(n_, options);
-    }
-    if (needed.y) {
-      gradients.y = make(m_, options);
-      dy_ = std::is_same_v<In, float> ? gradients.y : make(m_, options.dtype(at::kFloat));
-    }
-    gradients.scale.assign(needed.scale ? n_ : 0, 0.0);
-    gradients.row.assign(needed.row_sums ? n_ : 0, 0.0);
-    gradients.col.assign(needed.col_sums ? m_ : 0, 0.0);
-    return gradients;
-  }
-
-  void finish_gradients(Needed needed, Gradients& gradients) {
-    if (needed.y) {
-      finish_columns(gradients);
-    }
-    dy_ = at::Tensor();
-  }
 
   void backward_panel(int64_t first, int64_t last, const Weigher& weigher, Needed needed, float* store, int64_t stored,
                       std::vector<double>* losses, Gradients& gradients) {
@@ -531,23 +486,19 @@ class TypedSweep final : public Sweep {
   }
 
   // Turns each block of dy^T into rows of dy, times the one scale.
-  void finish_columns(Gradients& gradients) {
-    float* sums = dy_.template mutable_data_ptr<float>();
+  void finish_columns(Needed needed, Gradients& gradients) {
+    if (!needed.y || n_ == 0) {
+      return;
+    }
+    const float* sums = dy_.template const_data_ptr<float>();
     In* dy = gradients.y.template mutable_data_ptr<In>();
-    const float scale = n_ > 0 && one_scale_ ? problem_.scales()[0] : 1.0f;
     std::vector<Buffer<float>> copies(scratch_.size());
-    run(n_ == 0 ? 0 : tiles_.blocks, [&](int64_t block, int64_t worker) {
-      const int64_t cols = tiles_.cols_of(block, m_);
-      const float* rows = sums + block * tiles_.cols * d_;
-      if (!lean_) {
-        copies[worker].reserve(tiles_.cols * d_);
-        transpose(rows, cols, d_, cols, copies[worker].data(), d_);
-        rows = copies[worker].data();
-      }
-      for (int64_t k = 0; k < cols * d_; ++k) {
-        dy[block * tiles_.cols * d_ + k] = static_cast<In>(scale * rows[k]);
-      }
+    run(tiles_.blocks, [&](int64_t block, int64_t worker) {
+      const int64_t start = block * tiles_.cols * d_;
+      finish_block(sums + start, tiles_.cols_of(block, m_), d_, !lean_, one_scale_ ? problem_.scales()[0] : 1.0f,
+                   copies[worker], dy + start);
     });
+    dy_ = at::Tensor();
   }
 
   // dx_i = scale_i (G y)_i, and d scale_i = <x_i, (G y)_i>.

@@ -70,6 +70,7 @@ def plain(x: Tensor, y: Tensor, budget: int | None) -> Tensor:
         (2049, 31, 5),
         (33, 2047, 1),
         (40, 70, 4097),
+        (300, 1001, 515),  # large enough to go in steps of stored exponentials (one_go.h)
     ],
 )
 @pytest.mark.parametrize("request_of", [mixed, plain], ids=["mixed", "plain"])
@@ -130,13 +131,14 @@ def test_a_collapsed_batch_keeps_its_gradients_at_any_scale(scale, upstream):
         (600, 400, 2000, 4 * MIB),
         # Wide: chunks are lowered to be stored two at a time, and features are operands as they lie.
         (2100, 16, 3000, 4 * MIB),
+        (2100, 64, 3000, 4 * MIB),  # in steps of stored exponentials, whose rows many threads share out
     ],
 )
 def test_what_is_stored_for_some_threads_leaves_no_trace_in_the_bits(n, d, m, budget):
     leaves = features(n, m, d)
     before, outcomes = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 5, 8):
+        for threads in (1, 2, 5, 20):
             torch.set_num_threads(threads)
             outcomes.append(
                 value_and_gradients(lambda x, y: cross_entropy_sum(x, y, scale=9.0, memory_budget=budget), *leaves)

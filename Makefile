@@ -8,7 +8,7 @@ RUN ?= runs/glyphs_clip
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-fast build bench lint typecheck format clean help
+.PHONY: demo test test-fast build bench bench-gpu lint typecheck format clean help
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -38,6 +38,11 @@ bench: $(VENV)/.installed-bench  ## speed, memory and exactness beside open_clip
 	@mkdir -p benchmarks/results
 	env -u OMP_NUM_THREADS $(BIN)/python -m pytest benchmarks $(ARGS) \
 		--benchmark-json=benchmarks/results/$$(date +%Y%m%d-%H%M%S).json
+
+# at most 8 minutes; without a GPU it says so and fails. benchmarks/gpu/README.md
+bench-gpu: $(VENV)/.installed-bench  ## the same on a GPU, beside siglip-kernel, memeff, cut-cross-entropy and others
+	folder=$$($(BIN)/python -m benchmarks.gpu) && \
+		$(BIN)/python -m pytest benchmarks/gpu $(ARGS) --benchmark-json=$$folder/results.json
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

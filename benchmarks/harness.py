@@ -87,12 +87,16 @@ class Case:
 
 @dataclass
 class Measured:
-    """Of one contender: seconds of one call in each round, peak bytes, and the error of each result."""
+    """Of one contender: seconds of one call in each round, peak bytes, and the error of each result.
+
+    On a GPU also the seconds after which the host has launched a call, which then may still run.
+    """
 
     seconds: list[float]
     calls_per_round: int
     errors: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
+    host_seconds: float | None = None
 
     @property
     def median(self) -> float:
@@ -112,9 +116,12 @@ class Result:
 
     Attributes:
         subject: its name.
+        threads: of the CPU.
         missing: the contenders that did not take part, and why.
         gradient_bytes: what the gradients take, in everybody's peak.
         call: our own, for pytest-benchmark; dropped afterwards, since it holds the leaves.
+        place: what the row ran on, as printed; None: the CPU's threads.
+        remarks: what else a reader of the row should know.
     """
 
     case: Case
@@ -126,6 +133,8 @@ class Result:
     gradient_bytes: int
     call: Call | None
     judgements: list[Judgement] = field(default_factory=list)
+    place: str | None = None
+    remarks: list[str] = field(default_factory=list)
 
     def _of(self, name: str | None) -> Measured:
         name = name or self.subject
@@ -164,7 +173,7 @@ def forward_and_backward(make_loss: Callable[[], Callable[..., Tensor]], leaves:
 
 def in_float32(prepare: Prepare, leaves: list[Tensor]) -> Call:
     """`prepare` on float32 copies of 16-bit leaves, made before the clock runs."""
-    return prepare(_converted(leaves, torch.float32))
+    return prepare(converted(leaves, torch.float32))
 
 
 def measure(case: Case, meter: FloorMeter | None = None) -> Result:
@@ -234,7 +243,7 @@ def measured_errors(case: Case, contenders: Sequence[Contender]) -> dict[str, di
     if case.exact is None:
         return {}
     leaves = case.inputs(**(case.error_sizes or case.sizes))
-    truth = case.exact(_converted(leaves, torch.float64))()
+    truth = case.exact(converted(leaves, torch.float64))()
     return {
         each.name: {
             result: relative_error(given, expected)
@@ -244,15 +253,27 @@ def measured_errors(case: Case, contenders: Sequence[Contender]) -> dict[str, di
     }
 
 
-def timed(calls: Mapping[str, Call], rounds: int, *, between: Callable[[], None] = lambda: None) -> dict[str, Measured]:
+def timed(
+    calls: Mapping[str, Call],
+    rounds: int,
+    *,
+    between: Callable[[], None] = lambda: None,
+    burst: Callable[[Call, int], float] | None = None,
+    least_burst: float | None = None,
+) -> dict[str, Measured]:
     """Seconds of each round of each contender; every one has been called at least once before.
 
     The contenders take turns within a round, and each round begins with another one: a machine that slows down
     or speeds up during the run changes all of them alike, and nobody always runs on a neighbour's warm cache.
-    `between` is called before, halfway through and after the rounds.
+    `between` is called before, halfway through and after the rounds. `burst` is the clock, seconds per call of so
+    many calls, by default the host's; a round of a contender lasts for `least_burst` seconds at least (0: one call).
     """
     names = list(calls)
-    repeats = {name: _calls_per_round(calls[name], rounds) for name in names}
+    burst = burst or _burst
+    least = _LEAST_BURST if least_burst is None else least_burst
+    # A row of a single round is one whose calls take long: no second warm-up.
+    once = rounds == 1 or least_burst == 0
+    repeats = {name: 1 if once else max(1, math.ceil(least / burst(calls[name], 1))) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     between()
     with _no_garbage_collection():
@@ -261,14 +282,9 @@ def timed(calls: Mapping[str, Call], rounds: int, *, between: Callable[[], None]
                 between()
             first = turn % len(names)
             for name in names[first:] + names[:first]:
-                seconds[name].append(_burst(calls[name], repeats[name]))
+                seconds[name].append(burst(calls[name], repeats[name]))
     between()
     return {name: Measured(seconds[name], repeats[name]) for name in names}
-
-
-def _calls_per_round(call: Call, rounds: int) -> int:
-    # A row of a single round is one whose calls take long: no second warm-up.
-    return 1 if rounds == 1 else max(1, math.ceil(_LEAST_BURST / _burst(call, 1)))
 
 
 def _burst(call: Call, calls: int) -> float:
@@ -290,7 +306,7 @@ def _no_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def _converted(leaves: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def converted(leaves: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Copies in another floating dtype that require gradients where the leaves do."""
     return [
         leaf.detach().to(dtype).requires_grad_(leaf.requires_grad) if leaf.is_floating_point() else leaf

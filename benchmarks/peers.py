@@ -23,6 +23,12 @@ class Peer:
 
 PEERS = {
     "open_clip": Peer("open_clip", "open_clip_torch"),
+    # GPUs alone: benchmarks/gpu
+    "memeff": Peer("memeff", "memeff"),
+    "siglip-kernel": Peer("siglip_kernel", "siglip-kernel"),
+    "inf-cl": Peer("inf_cl", "inf-cl"),
+    "cut-cross-entropy": Peer("cut_cross_entropy", "cut-cross-entropy"),
+    "liger-kernel": Peer("liger_kernel", "liger-kernel"),
 }
 
 

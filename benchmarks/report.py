@@ -45,6 +45,7 @@ def table(results: Iterable[Result]) -> Iterator[str]:
             yield "  " + _aligned(line, widths)
         for name, reason in result.missing.items():
             yield f"  {name}: {reason}"
+        yield from (f"  {remark}" for remark in result.remarks)
         yield ""
     yield from _bars(results)
 
@@ -52,14 +53,16 @@ def table(results: Iterable[Result]) -> Iterator[str]:
 def _head(result: Result) -> Iterator[str]:
     case, floor, work = result.case, result.floor, result.case.work
     sizes = ", ".join(f"{name} {size}" for name, size in case.sizes.items())
-    yield f"{case.name}: {sizes}; {result.threads} threads, {case.rounds} rounds"
+    yield f"{case.name}: {sizes}; {result.place or f'{result.threads} threads'}, {case.rounds} rounds"
+    # Both in one unit, in which a CPU has hundreds and a GPU has thousands at most.
+    unit, prefix = (1e9, "G") if floor.flops_per_second < 1e13 else (1e12, "T")
     yield (
-        f"  floor {_milliseconds(result.floor_seconds())} ms: {work.flops / 1e9:.3g} GFLOP ({work.formula}) at "
-        f"{floor.flops_per_second / 1e9:.0f} GFLOP/s ({floor.source}, {_short(work.dtype)}), "
+        f"  floor {_milliseconds(result.floor_seconds())} ms: {work.flops / unit:.3g} {prefix}FLOP ({work.formula}) at "
+        f"{floor.flops_per_second / unit:.0f} {prefix}FLOP/s ({floor.source}, {_short(work.dtype)}), "
         f"{work.least_bytes / 1e6:.3g} MB at {floor.bytes_per_second / 1e9:.1f} GB/s"
     )
     notes = []
-    if case.small_sizes is not None:
+    if result.gradient_bytes and any(each.peak_bytes is not None for each in result.measured.values()):
         notes.append(f"{result.gradient_bytes / 1e6:.3g} MB of each peak are gradients")
     if case.error_sizes is not None and dict(case.error_sizes) != dict(case.sizes):
         where = ", ".join(f"{name} {size}" for name, size in case.error_sizes.items())
@@ -97,13 +100,14 @@ def _errors(each: Measured, result: Result) -> tuple[str, str]:
     if not each.errors:
         return "-", "-"
     gradients = [error for name, error in each.errors.items() if name in result.case.matrix_gradients]
-    return f"{each.errors[result.case.results[0]]:.0e}", f"{max(gradients):.0e}"
+    return f"{each.errors[result.case.results[0]]:.0e}", f"{max(gradients):.0e}" if gradients else "-"
 
 
 def _bars(results: list[Result]) -> Iterator[str]:
     judged = [(result, bar) for result in results for bar in result.judgements]
     met = sum(bar.met is True for _, bar in judged)
-    yield f"bars: {met} of {len(judged)} met"
+    if judged:
+        yield f"bars: {met} of {len(judged)} met"
     for result, bar in judged:
         if not bar.met:
             sizes = ", ".join(f"{name} {size}" for name, size in result.case.sizes.items())

@@ -7,6 +7,8 @@ from torch import Tensor
 
 #: Bytes of working memory when the caller names none.
 DEFAULT_MEMORY_BUDGET = 64 * 2**20
+#: The same on the triton backend: a hundredth of a GPU's memory, and the panels of a batch of 65,536 are few.
+GPU_MEMORY_BUDGET = 512 * 2**20
 
 #: The dtypes that features may have.
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -79,10 +81,10 @@ def check_targets(columns: Tensor, n: int, m: int, device: torch.device) -> None
         )
 
 
-def checked_budget(memory_budget: int | None) -> int:
-    """The bytes of working memory that the caller allows, or the default."""
+def checked_budget(memory_budget: int | None, backend: str = "cpp") -> int:
+    """The bytes of working memory that the caller allows, or the backend's default."""
     if memory_budget is None:
-        return DEFAULT_MEMORY_BUDGET
+        return GPU_MEMORY_BUDGET if backend == "triton" else DEFAULT_MEMORY_BUDGET
     if memory_budget <= 0:
         raise ValueError(f"memory_budget={memory_budget}: expected a positive number of bytes")
     return memory_budget
@@ -98,6 +100,14 @@ def _converted(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tenso
     return value.to(device=device, dtype=dtype)
 
 
+def _torch_precision() -> str:
+    return torch.get_float32_matmul_precision()
+
+
+# torch.compile cannot trace it; it asks once, and compiles again when that setting changes.
+_torch_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def checked_precision(precision: str | None, backend: str) -> str:
     """How the backend is to multiply float32 features: what the caller asks for, or what he told torch.
 
@@ -106,17 +116,16 @@ def checked_precision(precision: str | None, backend: str) -> str:
     """
     offered = ("ieee", "tf32", "tf32x3") if backend == "triton" else ("ieee",)
     if precision is None:
-        relaxed = backend == "triton" and torch.get_float32_matmul_precision() != "highest"
-        return "tf32" if relaxed else "ieee"
+        return "tf32" if backend == "triton" and _torch_precision() != "highest" else "ieee"
     if precision not in offered:
         names = ", ".join(f'"{each}"' for each in offered)
         raise ValueError(
             f"precision={precision!r}: the {backend} backend offers {names} only in this version (None: its default)"
         )
-    if backend in ("torch", "reference") and torch.get_float32_matmul_precision() != "highest":
+    if backend in ("torch", "reference") and _torch_precision() != "highest":
         raise ValueError(
             'precision="ieee", but torch may round the operands of its products: '
-            f"torch.get_float32_matmul_precision() is {torch.get_float32_matmul_precision()!r}. Call "
+            f"torch.get_float32_matmul_precision() is {_torch_precision()!r}. Call "
             'torch.set_float32_matmul_precision("highest")'
         )
     return precision

@@ -61,11 +61,11 @@ class _SimilarityReduce(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(operands[0].device.type, enabled=False):
             results = sweeps.backward(Operands(*operands), plan, statistics, list(grads), settings, needed)
         if torch.is_grad_enabled():
-            results = _DifferentiatedOnce.apply(sweeps.name, *results, *operands, *grads)
+            results = DifferentiatedOnce.apply(sweeps.name, *results, *operands, *grads)
         return *results, None, None, None, *[None] * count
 
 
-class _DifferentiatedOnce(torch.autograd.Function):
+class DifferentiatedOnce(torch.autograd.Function):
     """Passes gradients through and refuses to be differentiated itself."""
 
     @staticmethod

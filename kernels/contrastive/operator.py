@@ -53,8 +53,8 @@ def similarity_reduce(
         precision: how float32 features are multiplied. "ieee": in float32, and an error where that cannot be had; on
             the `triton` backend also "tf32" and "tf32x3" (three products of rounded halves, about as exact as
             float32). None: "ieee", unless `torch.set_float32_matmul_precision` allows the backend's products more.
-        memory_budget: bytes of working memory beside the inputs, the results and their gradients; 64 MiB when
-            None. On the `torch` backend a budget below what the smallest tile needs (16 rows by up to 8192
+        memory_budget: bytes of working memory beside the inputs, the results and their gradients; when None 64 MiB,
+            or 512 MiB on the `triton` backend. On the `torch` backend a budget below what the smallest tile needs (16 rows by up to 8192
             columns) gives that tile, and 16-bit inputs need a float32 accumulator for the gradient of y on top.
 
     Returns:
@@ -77,7 +77,7 @@ def similarity_reduce(
     """
     check_features(x, y)
     backend, _ = select_backend(x.device)
-    settings = Settings(checked_budget(memory_budget), checked_precision(precision, backend))
+    settings = Settings(checked_budget(memory_budget, backend), checked_precision(precision, backend))
     operands = resolved_operands(x, y, scale, bias, row_bias, col_bias)
     # The operator states its own precision: autocast would run the product in 16 bits and round its result.
     if torch.is_autocast_enabled(x.device.type):

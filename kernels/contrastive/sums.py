@@ -147,7 +147,7 @@ def sigmoid_sum(
         return total
     if _swept_once(x, y, scale, bias):
         given = resolved_operands(x, y, scale, bias)
-        settings = Settings(checked_budget(memory_budget), checked_precision(None, "triton"))
+        settings = Settings(checked_budget(memory_budget, "triton"), checked_precision(None, "triton"))
         with torch.autocast(x.device.type, enabled=False):
             return triton_backend.sigmoid_sum(given, positive, weight, settings)
     asked = (SoftplusSum(positive=positive),)

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .autograd import Settings, Sweeps
+from .autograd import DifferentiatedOnce, Settings, Sweeps
 from .operands import Operands
 from .plan import Plan
 from .reductions import Diagonal
@@ -43,13 +42,21 @@ class _SigmoidSum(torch.autograd.Function):
         operands, (positive, weight, settings) = Operands(*arguments[:_OPERANDS]), arguments[_OPERANDS:]
         needed = list(ctx.needs_input_grad[:_OPERANDS])
         value, gradients = sigmoid_sum(operands, positive, weight, settings, needed)
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(*gradients, *operands)
         return value
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (None if each is None else (each * grad).to(each.dtype) for each in ctx.saved_tensors)
+        # Unpacked once: under activation checkpointing each access would ask for the forward again.
+        saved = ctx.saved_tensors
+        gradients, operands = saved[:_OPERANDS], saved[_OPERANDS:]
+        with torch.no_grad():  # in float32: the upstream gradient of float16 training may be 2^16
+            scaled = [
+                None if each is None else (each.float() * grad).to(operand.dtype)
+                for each, operand in zip(gradients, operands, strict=True)
+            ]
+        if torch.is_grad_enabled():
+            scaled = list(DifferentiatedOnce.apply("triton", *scaled, *operands, grad))
         return *scaled, None, None, None
 
 

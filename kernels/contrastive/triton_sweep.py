@@ -48,8 +48,17 @@ class _Launches:
         self.arch = launching.architecture(x.device)
         self.tma = launching.aligned(x, self.arch) and launching.aligned(y, self.arch)
 
-    def config(self, kernel: str, **more: Any) -> Config:
-        return chosen_config(self.arch, kernel, self.dtype, self.d, self.settings.precision, **more)
+    def config(self, kernel: str, *, heavy: bool = False, columns: int | None = None) -> Config:
+        return chosen_config(
+            self.arch,
+            kernel,
+            self.dtype,
+            self.d,
+            self.settings.precision,
+            heavy=heavy,
+            columns=columns,
+            aligned=launching.vectorised(self.operands.x) and launching.vectorised(self.operands.y),
+        )
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return launching.empty(*shape, dtype=dtype, device=self.device)
@@ -117,11 +126,13 @@ def _reduce(launches: _Launches) -> dict[int, list[tuple[Tensor, Tensor, Tensor]
         return merged  # type: ignore[return-value]
     if not any(dense.values()):
         return merged  # type: ignore[return-value]
-    config = launches.config("reduce")
+    config = launches.config("reduce", heavy=len(launches.fields.fields) > 1)
     tiles_n = cdiv(m, config.block_n)
     per_row = 8 * (dense[1] * tiles_n + dense[0] * m / config.block_m)
     panel = _panel(n, launches.settings.budget / per_row, config.block_m)
-    arguments = launches.tile_arguments(config) | {"calm": _calm(launches)}
+    # softplus needs neither maxima nor shifts
+    shifted = any(kind == 0 for kind, *_ in launches.fields.fields)
+    arguments = launches.tile_arguments(config) | {"calm": _calm(launches) if shifted else None}
     row_partials = launches.empty(dense[1], 2, tiles_n, panel)
     col_partials = launches.empty(dense[0], 2, cdiv(panel, config.block_m), m)
     for start in range(0, n, panel):
@@ -135,7 +146,7 @@ def _reduce(launches: _Launches) -> dict[int, list[tuple[Tensor, Tensor, Tensor]
             "tiles_m": tiles_m,
             "tiles_n": tiles_n,
         }
-        for calm in (True, False):
+        for calm in (True, False) if shifted else (True,):
             launching.run(reduce_tiles, (tiles_m * tiles_n,), config, arguments | panels | {"CALM": calm})
         for slot, owned in enumerate(merged[1]):
             partials = row_partials.view(-1)[2 * slot * tiles_n * rows :]
@@ -250,7 +261,10 @@ def unit_of(sizes: list[Tensor], operands: Operands) -> Tensor:
 def sigmoid_sum(
     operands: Operands, positive: Diagonal, weight: float, settings: Settings, needed: list[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """weight * sum_ij softplus(-z_ij S_ij) and its gradients, S multiplied once: 6 N M D FLOPs for both."""
+    """weight * sum_ij softplus(-z_ij S_ij) and its gradients, S multiplied once: 6 N M D FLOPs for both.
+
+    Gradients in the dtype of their operand, but float32 for float16 features.
+    """
     operands = _plain(operands)
     plan: Plan = [(1, SoftplusSum(positive))]
     with launching.on(operands.x.device):
@@ -270,11 +284,13 @@ class _Gradients:
 
     def __init__(self, launches: _Launches, upstream: Upstream, needed: list[bool], values: bool = False) -> None:
         self._launches, self._upstream, self._values = launches, upstream, values
+        # Gradients that wait for their upstream factor: those of float16 would leave its range before they meet it.
+        self._wide = values and launches.dtype == torch.float16
         operands = launches.operands
         self._needed = [want and each is not None for want, each in zip(needed, operands, strict=True)]
         self._products = self._needed[0] or self._needed[1]
         n, m, d = launches.n, launches.m, launches.d
-        self._tile = launches.config("weigh")
+        self._tile = launches.config("weigh", heavy=values or len(launches.fields.fields) > 1)
         self._product = launches.config("product", columns=d)
         self._rows, self._cols = panel_shape(n, m, launches.settings.budget // operands.x.element_size())
         self._factor, self._row_scale = self._scales()
@@ -300,7 +316,7 @@ class _Gradients:
         launches = self._launches
         n, m, d = launches.n, launches.m, launches.d
         operands = launches.operands
-        kinds = (operands.x.dtype, operands.y.dtype)
+        kinds = (torch.float32,) * 2 if self._wide else (operands.x.dtype, operands.y.dtype)
         dx, dy = (
             launches.empty(rows, d, dtype=kind) if want else None
             for rows, kind, want in zip((n, m), kinds, self._needed, strict=False)
@@ -448,6 +464,7 @@ class _Gradients:
 def _plain(operands: Operands) -> Operands:
     """The operands without their graph; vectors contiguous, as the kernels index them."""
     x, y, scale, *biases = operands.detached()
+    x, y = launching.near(x), launching.near(y)
     return Operands(x, y, scale.contiguous(), *(None if each is None else each.contiguous() for each in biases))
 
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpu_safety import gpu_safety  # noqa: F401  (a fixture)
 from pairtile.kernels import use_backend
 from pairtile.kernels.build import operators_obstacle
+from triton_interpreter import spare_repeated_work
 
 #: A new backend is added here and passes every test below it.
-BACKENDS = ["reference", "torch", "cpp"]
+BACKENDS = ["reference", "torch", "cpp", "triton"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> None:
+    if find_spec("triton") is not None:
+        spare_repeated_work()
 
 
 @pytest.fixture(params=BACKENDS)
@@ -34,12 +43,20 @@ def cpp() -> Iterator[None]:
 def _skip_what_is_not_built(name: str) -> None:
     if name == "cpp" and (obstacle := operators_obstacle()) is not None:
         pytest.skip(f"pairtile's C++ operators {obstacle}")
+    if name == "triton":
+        pytest.importorskip("triton")
 
 
 @pytest.fixture
 def dtype(backend: str) -> torch.dtype:
-    """The widest dtype that the backend serves itself: cpp hands float64 to torch, which would prove nothing."""
-    return torch.float32 if backend == "cpp" else torch.float64
+    """The widest dtype that the backend serves itself: what hands float64 to torch would prove nothing by it."""
+    return torch.float32 if backend in ("cpp", "triton") else torch.float64
+
+
+@pytest.fixture
+def some(backend: str) -> Callable[[Sequence], Sequence]:
+    """Of several variants that take the same paths: all, but the last alone where the interpreter makes each slow."""
+    return lambda variants: variants[-1:] if backend == "triton" else variants
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,10 +32,14 @@ def default_backend() -> str:
     return "cpp" if operators_obstacle() is None else "torch"
 
 
+def gpu_backend() -> str:
+    return "triton" if find_spec("triton") is not None else "torch"
+
+
 def test_the_innermost_choice_wins_over_the_environment(monkeypatch):
     monkeypatch.delenv("PAIRTILE_BACKEND", raising=False)
     assert select_backend(CPU) == (default_backend(), "default for cpu")
-    assert select_backend(torch.device("cuda")) == ("torch", "default for cuda")
+    assert select_backend(torch.device("cuda")) == (gpu_backend(), "default for cuda")
     monkeypatch.setenv("PAIRTILE_BACKEND", "reference")
     assert select_backend(CPU) == ("reference", "PAIRTILE_BACKEND")
     with use_backend("torch"):
@@ -82,6 +87,45 @@ def test_cpp_serves_what_it_can_and_torch_the_rest(cpp):
         assert served in lse.grad_fn.name()
     with pytest.raises(ValueError, match='the backend "cpp", which serves the CPU alone, but tensors are on meta'):
         select_backend(torch.device("meta"))
+
+
+def test_triton_serves_cpu_tensors_in_its_interpreter_alone(monkeypatch):
+    pytest.importorskip("triton")
+    with use_backend("triton"):
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert select_backend(CPU) == ("triton", "use_backend")
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(
+            ValueError, match='asks for the backend "triton", which serves GPUs, but tensors are on cpu'
+        ):
+            select_backend(CPU)
+        assert select_backend(torch.device("cuda")) == ("triton", "use_backend")
+
+
+def test_gpus_without_triton_fall_back_to_torch_after_a_warning(tmp_path):
+    code = """
+import sys, warnings
+sys.modules["triton"] = None
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else found(name, *rest)
+import torch
+from pairtile.kernels import use_backend
+from pairtile.kernels.backends import select_backend
+with warnings.catch_warnings(record=True) as caught:
+    for _ in range(3):
+        print(select_backend(torch.device("cuda"))[0])
+print([str(each.message) for each in caught])
+try:
+    with use_backend("triton"):
+        pass
+except RuntimeError as error:
+    print(error)
+"""
+    printed = python(code, tmp_path, PAIRTILE_BACKEND="")
+    assert printed.startswith("torch\ntorch\ntorch\n")
+    assert printed.count("The torch backend serves on the GPU, which is slower, because the package triton is not") == 1
+    assert 'use_backend asks for the backend "triton", but the package triton is not installed' in printed
 
 
 FIRST_USE = """

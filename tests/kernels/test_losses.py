@@ -56,7 +56,8 @@ def test_agrees_with_open_clip_in_float64(backend, embeddings, relative_error, n
         assert in_double.shape == right.shape
         # float64 on every backend (cpp hands it to torch): only the order of summation differs.
         assert relative_error(in_double, right, size) < 1e-11, what
-        bound = max(2e-6, 2 * relative_error(dense, right, size))
+        # triton multiplies the scale by log2(e) before the cosines: one rounding that moves all scores alike.
+        bound = max(5e-6 if backend == "triton" else 2e-6, 2 * relative_error(dense, right, size))
         assert relative_error(ours_in_float, right, size) <= bound, what
 
 

@@ -37,13 +37,16 @@ def request_with_everything(n, m):
     return [leaf.requires_grad_() for leaf in leaves], encode(rows, every_reduction(1))
 
 
+@pytest.mark.parametrize("name", ["torch", "triton"])
 @pytest.mark.parametrize("everything", [False, True])
-def test_the_operators_for_torch_compile_are_registered_right(everything):
+def test_the_operators_for_torch_compile_are_registered_right(name, everything):
+    if name == "triton":
+        pytest.importorskip("triton")
     leaves, request = request_with_everything(7, 5)
     if not everything:
         leaves[2:] = [torch.tensor(2.0, requires_grad=True), None, None, None]
         request = encode((LogSumExp(Diagonal()), PairScore()), ())
-    torch.library.opcheck(compiled._OPERATORS["torch"], (*leaves, *request, 1000, "ieee"))
+    torch.library.opcheck(compiled._OPERATORS[name], (*leaves, *request, 1000, "ieee"))
 
 
 @pytest.mark.parametrize("budget", [20_000, 64 << 20])  # some and all cosines kept for the backward

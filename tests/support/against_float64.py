@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from pairtile.kernels.backends import select_backend
+
 
 class Logits:
     """`logits(x, y)` is scale * x y^T, and remembers how large the sums were that became the scale's gradient."""
@@ -38,7 +40,7 @@ def relative_error(given: Tensor, truth: Tensor, size: float = 0.0) -> float:
 def assert_as_exact(
     ours: Callable[..., Tensor], dense: Callable[..., Tensor], features: Sequence[Tensor], scale: float
 ) -> None:
-    """Our error against float64 is at most twice that of the dense formula in float32, or 2e-6.
+    """Our error against float64 is at most twice that of the dense formula in float32, or 2e-6 (5e-6 on triton).
 
     Args:
         ours: called as ours(*features, scale), returns a scalar.
@@ -58,9 +60,11 @@ def assert_as_exact(
     # Where the truth vanishes (the gradient of a batch of one, say) errors count absolutely, in units of 1e-3.
     sizes = [1e-3] * (1 + len(features)) + [logits.size_of_scale_gradient()]
     names = ["value", *(f"gradient of features[{k}]" for k in range(len(features))), "gradient of the scale"]
+    # triton multiplies the scale by log2(e) before the cosines: one rounding that moves all scores of a row alike.
+    floor = 5e-6 if select_backend(torch.device("cpu"))[0] == "triton" else 2e-6
     for name, right, plain, fast, size in zip(names, truth, eager, given, sizes):
         assert fast.shape == right.shape, name
-        bound = max(2e-6, 2 * relative_error(plain, right, size))
+        bound = max(floor, 2 * relative_error(plain, right, size))
         assert bound < 0.01, f"{name}: the bound must mean something"
         assert relative_error(fast, right, size) <= bound, name
 

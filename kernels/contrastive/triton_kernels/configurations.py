@@ -32,6 +32,8 @@ class Config:
     group: int = 8
 
 
+_Tile = tuple[int, int, int, int, int]
+
 # (block_m, block_n, block_k, warps, stages) of operands of 16 bits. Chosen by `python -m benchmarks.audit`: no spills, the
 # new matrix instructions (16 warps would fall back to the old ones), then the fewest bytes from L2 per product. A
 # warpgroup of Hopper that holds 128 rows instead of 64 needs half the shuffles for its column sums. Weights want two
@@ -54,7 +56,15 @@ _FMA = (64, 64, 16, 4, 2)
 
 
 def pick_config(
-    arch: str, kernel: str, dtype: torch.dtype, width: int, precision: str = "ieee", columns: int | None = None
+    arch: str,
+    kernel: str,
+    dtype: torch.dtype,
+    width: int,
+    precision: str = "ieee",
+    *,
+    columns: int | None = None,
+    aligned: bool = True,
+    heavy: bool = False,
 ) -> Config:
     """The configuration that serves a launch.
 
@@ -62,9 +72,12 @@ def pick_config(
         arch: one of ARCHITECTURES.
         kernel: one of KERNELS.
         dtype: of the features.
-        width: D, which a small batch's kernel need not stream in large chunks.
+        width: D.
         precision: for float32 features, one of PRECISIONS.
         columns: of the result, where they may be fewer than a tile has; the product's D.
+        aligned: rows of the features start at multiples of 16 bytes. If not they are loaded element by element, whose
+            addresses take registers.
+        heavy: a tile is used for more than one field, or for terms and weights at once, and has to stay in registers.
 
     Raises:
         ValueError: a name that is in none of these lists.
@@ -74,16 +87,28 @@ def pick_config(
             raise ValueError(f"{name}={given!r}: expected one of {', '.join(known)}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
-    if dtype != torch.float32:
-        tile = _TENSOR_16[arch][kernel]
-    elif precision == "ieee":
-        tile = _FMA
-    elif precision == "tf32x3" and arch == "sm80":
-        tile = _SM80_TF32X3[kernel]
-    else:
-        tile = _TENSOR_32[arch][kernel]
+    tile = _tile(arch, kernel, dtype, precision)
+    if dtype != torch.float32 or precision != "ieee":
+        if not aligned:
+            tile = _smaller(tile, 128, 128 if kernel == "reduce" else 64, 32)
+        if heavy and kernel != "product":
+            tile = _smaller(tile, 128, 128 if kernel == "reduce" else 64, 64)
     block_m, block_n, block_k, warps, stages = tile
     if columns is not None:
         while block_n >= 2 * max(columns, 64):
             block_n //= 2
     return Config(block_m, block_n, block_k, warps, stages)
+
+
+def _tile(arch: str, kernel: str, dtype: torch.dtype, precision: str) -> _Tile:
+    if dtype != torch.float32:
+        return _TENSOR_16[arch][kernel]
+    if precision == "ieee":
+        return _FMA
+    if precision == "tf32x3" and arch == "sm80":
+        return _SM80_TF32X3[kernel]
+    return _TENSOR_32[arch][kernel]
+
+
+def _smaller(tile: _Tile, block_m: int, block_n: int, block_k: int) -> _Tile:
+    return min(tile[0], block_m), min(tile[1], block_n), min(tile[2], block_k), tile[3], tile[4]

@@ -16,6 +16,9 @@ from .configurations import Config
 # The smallest row stride and address that the tensor memory accelerator takes.
 _TMA_BYTES = 16
 
+# Blocks have at most 256 rows and as many columns; their offsets within a block take 32 bits.
+_FARTHEST_STRIDE = 2**31 // 512
+
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1), which needs no GPU."""
@@ -60,15 +63,23 @@ def on(device: torch.device) -> Iterator[None]:
         yield
 
 
-def aligned(matrix: Tensor, arch: str) -> bool:
-    """Whether descriptors can load the matrix: the hardware has them, and rows start at multiples of 16 bytes."""
+def vectorised(matrix: Tensor) -> bool:
+    """Whether rows start at multiples of 16 bytes, and so can be loaded by as many at a time."""
     return (
-        arch in ("sm90", "sm100")
-        and matrix.numel() > 0
-        and matrix.stride(1) == 1
+        matrix.stride(1) == 1
         and matrix.stride(0) * matrix.element_size() % _TMA_BYTES == 0
         and matrix.data_ptr() % _TMA_BYTES == 0
     )
+
+
+def aligned(matrix: Tensor, arch: str) -> bool:
+    """Whether descriptors can load the matrix: the hardware has them, and its rows are aligned."""
+    return arch in ("sm90", "sm100") and matrix.numel() > 0 and vectorised(matrix)
+
+
+def near(matrix: Tensor) -> Tensor:
+    """The matrix, or a contiguous copy where the rows or columns of one block would lie 2^31 elements apart."""
+    return matrix if max(matrix.stride(), default=0) < _FARTHEST_STRIDE else matrix.contiguous()
 
 
 def source(matrix: Tensor, block: tuple[int, int], tma: bool) -> Any:

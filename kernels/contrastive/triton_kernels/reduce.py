@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import LN2, finite, softplus2, wide
-from .rules import excluding, negating
+from .rules import along, excluding, negating
 from .tiles import base2_scores, cosines, tile_of
 
 #: How far, in base 2, a row's maximum may lie below its tile's before the row gets exponentials of its own. A term
@@ -59,74 +59,54 @@ def reduce_tiles(
     sum 2^(S - shift) for a log-sum-exp and sum softplus, without a shift, for the softplus.
 
     Two variants are launched, and one of them returns at once: where `calm` says that no score can overflow, the other
-    one, which takes maxima and shifts, has nothing to do. The host need not know, and so need not wait.
+    one, which takes maxima and shifts, has nothing to do. The host need not know, and so need not wait. Without a
+    log-sum-exp there is one variant, and no `calm`.
     """
-    if (tl.load(calm) != 0) != CALM:
-        return
+    if calm is not None:
+        if (tl.load(calm) != 0) != CALM:
+            return
     i, j = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP)
     row, col = panel + i * BM, j * BN
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
     cos = cosines(x, y, x_strides, y_strides, row, col, n, m, d, BM, BN, BK, TMA, PRECISION, INTERPRETED)
     scores = base2_scores(cos, scale, bias, row_bias, col_bias, rows, cols, n, m, PER_ROW)
+    tile = (row, col, rows, cols, n, m)
     local = i * BM + tl.arange(0, BM)
-    row_mask, col_mask = local < panel_rows, cols < m
+    row_size, col_size = wide(tiles_n) * panel_rows, wide(tiles_m) * m
     for f in tl.static_range(len(FIELDS)):
-        KIND: tl.constexpr = FIELDS[f][0]
-        DIM: tl.constexpr = FIELDS[f][1]
-        WEIGHTS: tl.constexpr = FIELDS[f][2]
-        POSITIVE: tl.constexpr = FIELDS[f][3]
-        EXCLUDE: tl.constexpr = FIELDS[f][4]
-        ROW: tl.constexpr = FIELDS[f][5]
-        COL: tl.constexpr = FIELDS[f][6]
-        to_row = row_partials + (2 * ROW * tiles_n + j).to(tl.int64) * panel_rows + local
-        to_col = col_partials + (2 * COL * tiles_m + i).to(tl.int64) * m + cols
-        if KIND == 0:
-            z = excluding(
-                scores, scores, float("-inf"), row, col, rows, cols, n, m, numbers, tensors, EXCLUDE, DIM, BM, BN
-            )
-            if WEIGHTS >= 0:
-                z += tl.log2(_along(tensors[WEIGHTS], rows, cols, n, m, DIM))
-            row_shift, row_sum, col_shift, col_sum = _log_sum_exp(z, CALM, ROW >= 0, COL >= 0, BM, BN)
-            if ROW >= 0:
-                tl.store(to_row, row_shift, mask=row_mask)
-            if COL >= 0:
-                tl.store(to_col, col_shift, mask=col_mask)
-        else:
-            a = negating(scores, scores, row, col, rows, cols, n, m, numbers, tensors, POSITIVE, DIM, BM, BN)
-            terms = excluding(
-                scores,
-                softplus2(a),
-                0.0,
-                row,
-                col,
-                rows,
-                cols,
-                n,
-                m,
-                numbers,
-                tensors,
-                EXCLUDE,
-                DIM,
-                BM,
-                BN,
-            )
-            if WEIGHTS >= 0:
-                weight = _along(tensors[WEIGHTS], rows, cols, n, m, DIM)
-                terms = tl.where(weight == 0, 0.0, terms * weight)
-            row_sum, col_sum = tl.sum(terms, 1), tl.sum(terms, 0)
-        if ROW >= 0:
-            tl.store(to_row + wide(tiles_n) * panel_rows, row_sum, mask=row_mask)
-        if COL >= 0:
-            tl.store(to_col + wide(tiles_m) * m, col_sum, mask=col_mask)
+        # (kind, dim, weights, positive, exclude, row slot, column slot)
+        to_row = row_partials + 2 * FIELDS[f][5] * row_size + wide(j) * panel_rows + local
+        to_col = col_partials + 2 * FIELDS[f][6] * col_size + wide(i) * m + cols
+        found = _reduced(scores, tile, numbers, tensors, FIELDS[f], CALM, BM, BN)
+        row_shift, row_sum, col_shift, col_sum = found
+        if FIELDS[f][5] >= 0:
+            tl.store(to_row, row_shift, mask=local < panel_rows)
+            tl.store(to_row + row_size, row_sum, mask=local < panel_rows)
+        if FIELDS[f][6] >= 0:
+            tl.store(to_col, col_shift, mask=cols < m)
+            tl.store(to_col + col_size, col_sum, mask=cols < m)
 
 
 @triton.jit
-def _along(weights, rows, cols, n, m, DIM: tl.constexpr):
-    """The weights of a tile's pairs: along the columns for a reduction of rows, along the rows for one of columns."""
-    if DIM == 1:
-        return tl.load(weights + cols, mask=cols < m, other=0.0)[None, :]
+def _reduced(
+    scores, tile, numbers, tensors, FIELD: tl.constexpr, CALM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):
+    """(shift, sum) of each row and of each column of the tile, for one field."""
+    DIM: tl.constexpr = FIELD[1]
+    WEIGHTS: tl.constexpr = FIELD[2]
+    if FIELD[0] == 0:
+        z = excluding(scores, float("-inf"), scores, tile, numbers, tensors, FIELD[4], DIM, BM, BN)
+        if WEIGHTS >= 0:
+            weight = along(tensors[WEIGHTS], tile, DIM)
+            z = tl.where(weight == 0, float("-inf"), z + tl.log2(weight))
+        return _log_sum_exp(z, CALM, FIELD[5] >= 0, FIELD[6] >= 0, BM, BN)
     else:
-        return tl.load(weights + rows, mask=rows < n, other=0.0)[:, None]
+        terms = softplus2(negating(scores, scores, tile, numbers, tensors, FIELD[3], DIM, BM, BN))
+        terms = excluding(terms, 0.0, scores, tile, numbers, tensors, FIELD[4], DIM, BM, BN)
+        if WEIGHTS >= 0:
+            weight = along(tensors[WEIGHTS], tile, DIM)
+            terms = tl.where(weight == 0, 0.0, terms * weight)
+        return tl.zeros((BM,), tl.float32), tl.sum(terms, 1), tl.zeros((BN,), tl.float32), tl.sum(terms, 0)
 
 
 @triton.jit

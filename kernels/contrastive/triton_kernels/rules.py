@@ -1,5 +1,6 @@
-"""Pair rules inside a tile. RULES is a constexpr tuple of (code, a, b), the codes of `plan.py`; `a` and `b` index the
-launch's `numbers` (offsets, ends of ranges) or its `tensors` (ids, targets, thresholds)."""
+"""Pair rules inside a tile, which is (row, col, rows, cols, n, m): its first row and column, all of them, and S's size.
+
+RULES is a constexpr tuple of (code, a, b), the codes of `plan.py`; `a` and `b` index the launch's `numbers` (offsets, ends of ranges) or its `tensors` (ids, targets, thresholds)."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ from .elementwise import LOG2E
 
 
 @triton.jit
-def touched(row, col, n, m, numbers, RULES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def touched(tile, numbers, RULES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """Whether a tile needs its mask: it reaches over an edge of S, or a rule may name one of its pairs.
 
     What lies off the diagonal, nearly every tile, is spared the two instructions per pair that a mask costs.
     """
+    row, col, rows, cols, n, m = tile
     needed = (row + BM > n) | (col + BN > m)
     for k in tl.static_range(len(RULES)):
         if RULES[k][0] == 0:
@@ -28,16 +30,17 @@ def touched(row, col, n, m, numbers, RULES: tl.constexpr, BM: tl.constexpr, BN: 
 
 
 @triton.jit
-def named(scores, rows, cols, n, m, numbers, tensors, RULES: tl.constexpr, DIM: tl.constexpr):
+def named(scores, tile, numbers, tensors, RULES: tl.constexpr, DIM: tl.constexpr):
     """bool, of the tile's shape: the pairs that at least one rule names. DIM: whose thresholds, rows' (1) or columns'."""
     found = tl.full(scores.shape, 0, tl.int1)
     for k in tl.static_range(len(RULES)):
-        found = found | _named_by(scores, rows, cols, n, m, numbers, tensors, RULES[k], DIM)
+        found = found | _named_by(scores, tile, numbers, tensors, RULES[k], DIM)
     return found
 
 
 @triton.jit
-def _named_by(scores, rows, cols, n, m, numbers, tensors, RULE: tl.constexpr, DIM: tl.constexpr):
+def _named_by(scores, tile, numbers, tensors, RULE: tl.constexpr, DIM: tl.constexpr):
+    row, col, rows, cols, n, m = tile
     code: tl.constexpr = RULE[0]
     if code == 0:
         return rows[:, None] + numbers[RULE[1]] == cols[None, :]
@@ -69,15 +72,10 @@ def _ids(ids, at, end):
 
 @triton.jit
 def excluding(
-    scores,
     value,
     fill,
-    row,
-    col,
-    rows,
-    cols,
-    n,
-    m,
+    scores,
+    tile,
     numbers,
     tensors,
     RULES: tl.constexpr,
@@ -86,32 +84,29 @@ def excluding(
     BN: tl.constexpr,
 ):
     """`value`, a tile like the scores, with `fill` at the pairs that RULES name and beyond the edges of S."""
-    if touched(row, col, n, m, numbers, RULES, BM, BN):
-        out = named(scores, rows, cols, n, m, numbers, tensors, RULES, DIM)
-        out = out | (rows >= n)[:, None] | (cols >= m)[None, :]
+    if touched(tile, numbers, RULES, BM, BN):
+        row, col, rows, cols, n, m = tile
+        out = named(scores, tile, numbers, tensors, RULES, DIM) | (rows >= n)[:, None] | (cols >= m)[None, :]
         value = tl.where(out, fill, value)
     return value
 
 
 @triton.jit
 def negating(
-    scores,
-    value,
-    row,
-    col,
-    rows,
-    cols,
-    n,
-    m,
-    numbers,
-    tensors,
-    RULES: tl.constexpr,
-    DIM: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    value, scores, tile, numbers, tensors, RULES: tl.constexpr, DIM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
     """`value`, a tile like the scores, negated at the pairs that RULES name. Of the scores: -z S, the softplus' argument."""
     if len(RULES) > 0:
-        if touched(row, col, n, m, numbers, RULES, BM, BN):
-            value = tl.where(named(scores, rows, cols, n, m, numbers, tensors, RULES, DIM), -value, value)
+        if touched(tile, numbers, RULES, BM, BN):
+            value = tl.where(named(scores, tile, numbers, tensors, RULES, DIM), -value, value)
     return value
+
+
+@triton.jit
+def along(vector, tile, DIM: tl.constexpr):
+    """A vector along the reduced axis: the tile's columns for a reduction of rows (DIM 1), else its rows."""
+    row, col, rows, cols, n, m = tile
+    if DIM == 1:
+        return tl.load(vector + cols, mask=cols < m, other=0.0)[None, :]
+    else:
+        return tl.load(vector + rows, mask=rows < n, other=0.0)[:, None]

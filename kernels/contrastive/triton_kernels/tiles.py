@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementwise import LOG2E
+from .elementwise import LOG2E, wide
 
 
 @triton.jit
@@ -28,10 +28,11 @@ def load_block(source, strides, row, col, row_end, col_end, ROWS: tl.constexpr, 
     if TMA:
         block = source.load([row, col])
     else:
-        rows, cols = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
-        # 64 bits: a matrix of 2^31 elements is 65,536 rows of 32,768, and nothing unusual.
-        offsets = rows.to(tl.int64)[:, None] * strides[0] + cols.to(tl.int64)[None, :] * strides[1]
-        block = tl.load(source + offsets, mask=(rows < row_end)[:, None] & (cols < col_end)[None, :], other=0.0)
+        rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
+        # 64 bits for where the block starts; within it 32 will do, the host sees to that (`launching.near`).
+        start = source + wide(row) * strides[0] + wide(col) * strides[1]
+        inside = (row + rows < row_end)[:, None] & (col + cols < col_end)[None, :]
+        block = tl.load(start + (rows[:, None] * strides[0] + cols[None, :] * strides[1]), mask=inside, other=0.0)
     return block
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .elementwise import LN2, rounded, sigmoid2, softplus2, wide
-from .rules import excluding, named, negating, touched
+from .rules import along, excluding, named, negating, touched
 from .tiles import base2_scores, cosines, tile_of
 
 
@@ -77,76 +77,43 @@ def weigh_tiles(
     i, j = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP)
     row, col = panel_row + i * BM, panel_col + j * BN
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
-    row_mask, col_mask = rows < n, cols < m
     cos = cosines(x, y, x_strides, y_strides, row, col, n, m, d, BM, BN, BK, TMA, PRECISION, INTERPRETED)
     scores = base2_scores(cos, scale, bias, row_bias, col_bias, rows, cols, n, m, PER_ROW)
+    tile = (row, col, rows, cols, n, m)
     gradient = tl.zeros((BM, BN), tl.float32)
     value = tl.zeros((BM,), tl.float32)
     for f in tl.static_range(len(FIELDS)):
-        KIND: tl.constexpr = FIELDS[f][0]
-        DIM: tl.constexpr = FIELDS[f][1]
-        WEIGHTS: tl.constexpr = FIELDS[f][2]
-        POSITIVE: tl.constexpr = FIELDS[f][3]
-        EXCLUDE: tl.constexpr = FIELDS[f][4]
-        ROW: tl.constexpr = FIELDS[f][5]
-        COL: tl.constexpr = FIELDS[f][6]
-        weight = 1.0
-        if WEIGHTS >= 0:
-            if DIM == 1:
-                weight = tl.load(tensors[WEIGHTS] + cols, mask=col_mask, other=0.0)[None, :]
-            else:
-                weight = tl.load(tensors[WEIGHTS] + rows, mask=row_mask, other=0.0)[:, None]
-        if ROW >= 0:
-            row_factor = tl.load(row_factors[ROW] + rows, mask=row_mask, other=0.0)
-        if COL >= 0:
-            col_factor = tl.load(col_factors[COL] + cols, mask=col_mask, other=0.0)
-        if KIND == 0:
-            z = excluding(
-                scores, scores, float("-inf"), row, col, rows, cols, n, m, numbers, tensors, EXCLUDE, DIM, BM, BN
+        # (kind, dim, weights, positive, exclude, row slot, column slot)
+        if FIELDS[f][0] == 0:
+            z = excluding(scores, float("-inf"), scores, tile, numbers, tensors, FIELDS[f][4], FIELDS[f][1], BM, BN)
+            if FIELDS[f][2] >= 0:
+                weight = along(tensors[FIELDS[f][2]], tile, FIELDS[f][1])
+                z = tl.where(weight == 0, float("-inf"), z + tl.log2(weight))
+            gradient += _softmax_weights(
+                z, tile, row_shifts, col_shifts, row_factors, col_factors, FIELDS[f], ONE_EXPONENTIAL
             )
-            if WEIGHTS >= 0:
-                z += tl.log2(weight)
-            if ROW >= 0:
-                row_shift = tl.load(row_shifts[ROW] + rows, mask=row_mask, other=0.0)
-            if COL >= 0:
-                col_shift = tl.load(col_shifts[COL] + cols, mask=col_mask, other=0.0)
-            if ROW >= 0 and COL >= 0:
-                if ONE_EXPONENTIAL:
-                    by_row, by_col = row_factor * tl.exp2(-row_shift), col_factor * tl.exp2(-col_shift)
-                    gradient += tl.exp2(z) * (by_row[:, None] + by_col[None, :])
-                else:
-                    gradient += tl.exp2(z - row_shift[:, None]) * row_factor[:, None]
-                    gradient += tl.exp2(z - col_shift[None, :]) * col_factor[None, :]
-            elif ROW >= 0:
-                gradient += tl.exp2(z - row_shift[:, None]) * row_factor[:, None]
-            else:
-                gradient += tl.exp2(z - col_shift[None, :]) * col_factor[None, :]
         else:
-            a = negating(scores, scores, row, col, rows, cols, n, m, numbers, tensors, POSITIVE, DIM, BM, BN)
-            slope = sigmoid2(a)
-            # d softplus(-z S) / dS = -z sigmoid(-z S)
-            slope = negating(scores, slope, row, col, rows, cols, n, m, numbers, tensors, POSITIVE, DIM, BM, BN)
-            slope = excluding(scores, slope, 0.0, row, col, rows, cols, n, m, numbers, tensors, EXCLUDE, DIM, BM, BN)
+            a = negating(scores, scores, tile, numbers, tensors, FIELDS[f][3], FIELDS[f][1], BM, BN)
             if values is not None:
-                terms = excluding(
-                    scores, softplus2(a), 0.0, row, col, rows, cols, n, m, numbers, tensors, EXCLUDE, DIM, BM, BN
-                )
+                terms = excluding(softplus2(a), 0.0, scores, tile, numbers, tensors, FIELDS[f][4], FIELDS[f][1], BM, BN)
                 value += tl.sum(terms, 1) * LN2
-            if WEIGHTS >= 0:
+            # d softplus(-z S) / dS = -z sigmoid(-z S)
+            slope = negating(sigmoid2(a), scores, tile, numbers, tensors, FIELDS[f][3], FIELDS[f][1], BM, BN)
+            slope = excluding(slope, 0.0, scores, tile, numbers, tensors, FIELDS[f][4], FIELDS[f][1], BM, BN)
+            if FIELDS[f][2] >= 0:
+                weight = along(tensors[FIELDS[f][2]], tile, FIELDS[f][1])
                 slope = tl.where(weight == 0, 0.0, slope * weight)
-            if ROW >= 0:
-                gradient += slope * row_factor[:, None]
-            if COL >= 0:
-                gradient += slope * col_factor[None, :]
+            if FIELDS[f][5] >= 0:
+                gradient += slope * along(row_factors[FIELDS[f][5]], tile, 0)
+            if FIELDS[f][6] >= 0:
+                gradient += slope * along(col_factors[FIELDS[f][6]], tile, 1)
     for p in tl.static_range(len(PAIRS)):
-        if touched(row, col, n, m, numbers, PAIRS[p][0], BM, BN):
-            own = named(scores, rows, cols, n, m, numbers, tensors, PAIRS[p][0], 1)
+        if touched(tile, numbers, PAIRS[p][0], BM, BN):
+            own = named(scores, tile, numbers, tensors, PAIRS[p][0], 1)
             if PAIRS[p][1] >= 0:
-                upstream = tl.load(row_factors[PAIRS[p][1]] + rows, mask=row_mask, other=0.0)
-                gradient += tl.where(own, upstream[:, None], 0.0)
+                gradient += tl.where(own, along(row_factors[PAIRS[p][1]], tile, 0), 0.0)
             if PAIRS[p][2] >= 0:
-                upstream = tl.load(col_factors[PAIRS[p][2]] + cols, mask=col_mask, other=0.0)
-                gradient += tl.where(own, upstream[None, :], 0.0)
+                gradient += tl.where(own, along(col_factors[PAIRS[p][2]], tile, 1), 0.0)
     local_row, local_col = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
     inside_rows, inside_cols = local_row < panel_rows, local_col < panel_cols
     of_rows = wide(j) * panel_rows + local_row
@@ -160,9 +127,31 @@ def weigh_tiles(
         tl.store(col_sums + wide(i) * panel_cols + local_col, tl.sum(gradient, 0), mask=inside_cols)
     if weights is not None:
         if row_scale is not None:
-            gradient *= tl.load(row_scale + rows, mask=row_mask, other=0.0)[:, None]
+            gradient *= along(row_scale, tile, 0)
         # A tile's own offsets fit into 32 bits, that of its first row may not.
         start = wide(i * BM) * weights_stride + j * BN
         at = weights + start + (tl.arange(0, BM)[:, None] * weights_stride + tl.arange(0, BN)[None, :])
         kept = rounded(gradient, weights.dtype.element_ty, INTERPRETED)
         tl.store(at, kept, mask=inside_rows[:, None] & inside_cols[None, :])
+
+
+@triton.jit
+def _softmax_weights(
+    z, tile, row_shifts, col_shifts, row_factors, col_factors, FIELD: tl.constexpr, ONE_EXPONENTIAL: tl.constexpr
+):
+    """factor 2^(z - shift) of each row, of each column, or the sum of both."""
+    ROW: tl.constexpr = FIELD[5]
+    COL: tl.constexpr = FIELD[6]
+    if ROW >= 0:
+        by_row, row_shift = along(row_factors[ROW], tile, 0), along(row_shifts[ROW], tile, 0)
+    if COL >= 0:
+        by_col, col_shift = along(col_factors[COL], tile, 1), along(col_shifts[COL], tile, 1)
+    if ROW >= 0 and COL >= 0:
+        if ONE_EXPONENTIAL:
+            return tl.exp2(z) * (by_row * tl.exp2(-row_shift) + by_col * tl.exp2(-col_shift))
+        else:
+            return tl.exp2(z - row_shift) * by_row + tl.exp2(z - col_shift) * by_col
+    elif ROW >= 0:
+        return tl.exp2(z - row_shift) * by_row
+    else:
+        return tl.exp2(z - col_shift) * by_col

@@ -1,0 +1,63 @@
+"""Which kernels, configurations and requests are audited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from pairtile.kernels.contrastive.triton_kernels.configurations import PRECISIONS
+
+from .requests import BATCH, REQUESTS, Request, request
+from .targets import Target
+
+# Primes: kernels are compiled apart for sizes that 16 divides. The first batch takes several panels, the second one.
+_ODD_BATCH, _ODD_PANEL, _ODD_WIDTH = 65_521, 8_191, 509
+#: What float32 is multiplied as, and the 16-bit types.
+KINDS = tuple((dtype, "ieee") for dtype in (torch.bfloat16, torch.float16)) + tuple(
+    (torch.float32, precision) for precision in PRECISIONS
+)
+
+
+def headline() -> Iterator[Request]:
+    """The table: the sizes that peers advertise, bfloat16 first."""
+    yield request("CLIP", torch.bfloat16, 512)
+    yield request("SigLIP", torch.bfloat16, 768)
+    yield request("cross-entropy", torch.bfloat16, 512)
+    yield request("rich", torch.bfloat16, 512)
+    yield request("CLIP", torch.bfloat16, 512, aligned=False)
+    for dtype, precision in KINDS[1:]:
+        yield request("CLIP", dtype, 512, precision)
+
+
+def shipped(target: Target) -> Iterator[Request]:
+    """Every configuration that ships for the target: with descriptors and with pointers, for sizes that a tile divides
+    and for sizes that nothing divides, at widths that take narrower blocks of the products.
+
+    The requests ask different things of the same products, so all of them are asked in bfloat16 alone.
+    """
+    for dtype, precision in KINDS:
+        names = tuple(REQUESTS) if dtype == torch.bfloat16 else ("CLIP", "rich")
+        for name in names:
+            yield request(name, dtype, 512, precision)
+            yield request(name, dtype, _ODD_WIDTH, precision, aligned=False, batch=_ODD_PANEL)
+        for width in (64, 128, 768):
+            yield request("CLIP", dtype, width, precision)
+        if target.tma:
+            yield request("CLIP", dtype, 512, precision, aligned=False)
+            yield request("CLIP", dtype, 512, precision, batch=_ODD_PANEL)
+    for aligned, width in ((True, 512), (False, _ODD_WIDTH)):
+        yield request("CLIP", torch.bfloat16, width, aligned=aligned, batch=_ODD_BATCH)
+
+
+def spanning(target: Target) -> Iterator[Request]:
+    """A few of them that touch every kernel and every line of the check, within seconds: a batch of one panel."""
+    batch = BATCH // 8
+    asked = {
+        "sm90": ("CLIP", torch.bfloat16, "ieee"),
+        "sm100": ("SigLIP", torch.float16, "ieee"),
+        "sm80": ("cross-entropy", torch.float32, "tf32"),
+        "gfx942": ("cross-entropy", torch.bfloat16, "ieee"),
+    }
+    name, dtype, precision = asked[target.arch]
+    yield request(name, dtype, 512, precision, batch=batch)

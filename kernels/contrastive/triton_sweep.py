@@ -48,14 +48,14 @@ class _Launches:
         self.arch = launching.architecture(x.device)
         self.tma = launching.aligned(x, self.arch) and launching.aligned(y, self.arch)
 
-    def config(self, kernel: str, *, heavy: bool = False, columns: int | None = None) -> Config:
+    def config(self, kernel: str, *, pressure: int = 0, columns: int | None = None) -> Config:
         return chosen_config(
             self.arch,
             kernel,
             self.dtype,
             self.d,
             self.settings.precision,
-            heavy=heavy,
+            pressure=pressure,
             columns=columns,
             aligned=launching.vectorised(self.operands.x) and launching.vectorised(self.operands.y),
         )
@@ -126,7 +126,7 @@ def _reduce(launches: _Launches) -> dict[int, list[tuple[Tensor, Tensor, Tensor]
         return merged  # type: ignore[return-value]
     if not any(dense.values()):
         return merged  # type: ignore[return-value]
-    config = launches.config("reduce", heavy=len(launches.fields.fields) > 1)
+    config = launches.config("reduce", pressure=2 if len(launches.fields.fields) > 1 else 0)
     tiles_n = cdiv(m, config.block_n)
     per_row = 8 * (dense[1] * tiles_n + dense[0] * m / config.block_m)
     panel = _panel(n, launches.settings.budget / per_row, config.block_m)
@@ -290,7 +290,7 @@ class _Gradients:
         self._needed = [want and each is not None for want, each in zip(needed, operands, strict=True)]
         self._products = self._needed[0] or self._needed[1]
         n, m, d = launches.n, launches.m, launches.d
-        self._tile = launches.config("weigh", heavy=values or len(launches.fields.fields) > 1)
+        self._tile = launches.config("weigh", pressure=2 if len(launches.fields.fields) > 1 else int(values))
         self._product = launches.config("product", columns=d)
         self._rows, self._cols = panel_shape(n, m, launches.settings.budget // operands.x.element_size())
         self._factor, self._row_scale = self._scales()

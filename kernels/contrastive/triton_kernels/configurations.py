@@ -64,7 +64,7 @@ def pick_config(
     *,
     columns: int | None = None,
     aligned: bool = True,
-    heavy: bool = False,
+    pressure: int = 0,
 ) -> Config:
     """The configuration that serves a launch.
 
@@ -77,7 +77,8 @@ def pick_config(
         columns: of the result, where they may be fewer than a tile has; the product's D.
         aligned: rows of the features start at multiples of 16 bytes. If not they are loaded element by element, whose
             addresses take registers.
-        heavy: a tile is used for more than one field, or for terms and weights at once, and has to stay in registers.
+        pressure: on the registers, in which a tile stays as long as something is made of it: 0 with one field, 1 where
+            terms and weights are made of it at once, 2 with several fields.
 
     Raises:
         ValueError: a name that is in none of these lists.
@@ -88,11 +89,14 @@ def pick_config(
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
     tile = _tile(arch, kernel, dtype, precision)
-    if dtype != torch.float32 or precision != "ieee":
-        if not aligned:
-            tile = _smaller(tile, 128, 128 if kernel == "reduce" else 64, 32)
-        if heavy and kernel != "product":
-            tile = _smaller(tile, 128, 128 if kernel == "reduce" else 64, 64)
+    on_tensor_cores = dtype != torch.float32 or precision != "ieee"
+    if not aligned and on_tensor_cores:
+        tile = _within(tile, 128, 128 if kernel == "reduce" else 64, 32)
+    if pressure == 1 and on_tensor_cores and kernel != "product":
+        tile = _within(tile, 128, 128 if kernel == "reduce" else 64, 64)
+    if pressure == 2 and kernel != "product":
+        warps = 4 if on_tensor_cores and kernel == "reduce" else 8
+        tile = (*_within(tile, 64, 64, 64)[:3], warps, tile[4])
     block_m, block_n, block_k, warps, stages = tile
     if columns is not None:
         while block_n >= 2 * max(columns, 64):
@@ -110,5 +114,5 @@ def _tile(arch: str, kernel: str, dtype: torch.dtype, precision: str) -> _Tile:
     return _TENSOR_32[arch][kernel]
 
 
-def _smaller(tile: _Tile, block_m: int, block_n: int, block_k: int) -> _Tile:
+def _within(tile: _Tile, block_m: int, block_n: int, block_k: int) -> _Tile:
     return min(tile[0], block_m), min(tile[1], block_n), min(tile[2], block_k), tile[3], tile[4]

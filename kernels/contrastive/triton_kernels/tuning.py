@@ -32,17 +32,17 @@ _table: Table = {}
 
 
 def chosen_config(
-    arch: str, kernel: str, dtype: torch.dtype, width: int, precision: str, *, heavy: bool = False, **more: Any
+    arch: str, kernel: str, dtype: torch.dtype, width: int, precision: str, *, pressure: int = 0, **more: Any
 ) -> Config:
     """The tuned configuration where `use_tuned` was called and has one for this launch, else `pick_config`'s.
 
     Only the usual launches are tuned: aligned features, one field.
     """
-    if _table and not heavy and more.get("aligned", True):
+    if _table and not pressure and more.get("aligned", True):
         fields = _table.get(_key(arch, kernel, dtype, width, precision))
         if fields is not None:
             return Config(**fields)
-    return pick_config(arch, kernel, dtype, width, precision, heavy=heavy, **more)
+    return pick_config(arch, kernel, dtype, width, precision, pressure=pressure, **more)
 
 
 def use_tuned(path: str | os.PathLike[str] | None = None, group: dist.ProcessGroup | None = None) -> None:

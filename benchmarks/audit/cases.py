@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from pairtile.kernels.contrastive.triton_kernels.configurations import PRECISIONS
+from pairtile.kernels.contrastive.triton_kernels.configurations import PRECISIONS, offered
 
 from .requests import BATCH, REQUESTS, Request, request
 from .targets import Target
@@ -37,6 +37,8 @@ def shipped(target: Target) -> Iterator[Request]:
     The requests ask different things of the same products, so all of them are asked in bfloat16 alone.
     """
     for dtype, precision in KINDS:
+        if precision not in offered(target.arch):
+            continue
         names = tuple(REQUESTS) if dtype == torch.bfloat16 else ("CLIP", "rich")
         for name in names:
             yield request(name, dtype, 512, precision)

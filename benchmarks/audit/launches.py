@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from pairtile.kernels import Diagonal
-from pairtile.kernels.contrastive import triton_sweep
+from pairtile.kernels.contrastive import triton_backward, triton_forward
 from pairtile.kernels.contrastive.arguments import checked_budget
 from pairtile.kernels.contrastive.autograd import Settings
+from pairtile.kernels.contrastive.triton_kernels import launches as shared
 from pairtile.kernels.contrastive.triton_kernels import launching
 from pairtile.kernels.contrastive.triton_kernels.configurations import Config, pick_config
 
@@ -92,13 +93,13 @@ def recorded(request: Request, target: Target, overrides: Overrides | None = Non
         needed = [True] * len(request.operands)
         if request.one_sweep:
             phase["now"] = "both"
-            triton_sweep.sigmoid_sum(request.operands, Diagonal(), 1.0, settings, needed)
+            triton_backward.sigmoid_sum(request.operands, Diagonal(), 1.0, settings, needed)
             return launches
-        results, statistics = triton_sweep.forward_results(request.operands, request.plan, settings)
+        results, statistics = triton_forward.forward_results(request.operands, request.plan, settings)
         phase["now"] = "backward"
         saved = [tensor for each in statistics for tensor in each]
         grads = [torch.empty_like(each) for each in results]
-        triton_sweep.backward_results(request.operands, request.plan, saved, grads, settings, needed)
+        triton_backward.backward_results(request.operands, request.plan, saved, grads, settings, needed)
     return launches
 
 
@@ -115,6 +116,6 @@ def _recording(launches: list[Launch], target: Target, overrides: Overrides) -> 
     with (
         mock.patch.object(launching, "run", run),
         mock.patch.object(launching, "architecture", return_value=target.arch),
-        mock.patch.object(triton_sweep, "chosen_config", pick),
+        mock.patch.object(shared, "chosen_config", pick),
     ):
         yield phase

@@ -16,7 +16,7 @@ _OPERANDS = len(Operands._fields)
 
 
 def _forward(operands: Operands, plan: Plan, settings: Settings) -> tuple[list[Tensor], list[list[Tensor]]]:
-    from .triton_sweep import forward_results
+    from .triton_forward import forward_results
 
     return forward_results(operands, plan, settings)
 
@@ -24,7 +24,7 @@ def _forward(operands: Operands, plan: Plan, settings: Settings) -> tuple[list[T
 def _backward(
     operands: Operands, plan: Plan, saved: list[Tensor], grads: list[Tensor], settings: Settings, needed: list[bool]
 ) -> list[Tensor | None]:
-    from .triton_sweep import backward_results
+    from .triton_backward import backward_results
 
     return backward_results(operands, plan, saved, grads, settings, needed)
 
@@ -37,7 +37,7 @@ class _SigmoidSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        from .triton_sweep import sigmoid_sum
+        from .triton_backward import sigmoid_sum
 
         operands, (positive, weight, settings) = Operands(*arguments[:_OPERANDS]), arguments[_OPERANDS:]
         needed = list(ctx.needs_input_grad[:_OPERANDS])

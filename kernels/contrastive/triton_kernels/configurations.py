@@ -17,6 +17,11 @@ KERNELS = ("reduce", "weigh", "product")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
+def offered(arch: str) -> tuple[str, ...]:
+    """Those of PRECISIONS that Triton has on an architecture."""
+    return PRECISIONS if arch != "gfx942" else ("ieee", "tf32")
+
+
 @dataclass(frozen=True)
 class Config:
     """One launch configuration: a tile of block_m x block_n, whose inner dimension is streamed block_k at a time.
@@ -51,7 +56,7 @@ _TENSOR_32 = {
     "gfx942": {"reduce": (64, 64, 32, 4, 2), "weigh": (64, 64, 32, 4, 2), "product": (64, 64, 32, 4, 2)},
 }
 # Three products of halves hold four tiles of operands in registers where the old instructions read them from there.
-_SM80_TF32X3 = {"reduce": (128, 64, 32, 8, 3), "weigh": (128, 64, 32, 8, 3), "product": (64, 64, 16, 4, 3)}
+_SM80_TF32X3 = {"reduce": (64, 64, 32, 8, 3), "weigh": (128, 64, 32, 8, 3), "product": (64, 64, 16, 8, 3)}
 _FMA = (64, 64, 16, 4, 2)
 
 
@@ -78,29 +83,31 @@ def pick_config(
         aligned: rows of the features start at multiples of 16 bytes. If not they are loaded element by element, whose
             addresses take registers.
         pressure: on the registers, in which a tile stays as long as something is made of it: 0 with one field, 1 where
-            terms and weights are made of it at once, 2 with several fields.
+            terms and weights are made of it at once, 2 with several fields. Of the product: 1 where rows end in a tile.
 
     Raises:
-        ValueError: a name that is in none of these lists.
+        ValueError: a name that is in none of these lists, or a precision that Triton does not have there.
     """
     for name, given, known in (("arch", arch, ARCHITECTURES), ("kernel", kernel, KERNELS)):
         if given not in known:
             raise ValueError(f"{name}={given!r}: expected one of {', '.join(known)}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if precision not in offered(arch):
+        raise ValueError(f"precision={precision!r}: on {arch} expected one of {', '.join(offered(arch))}")
     tile = _tile(arch, kernel, dtype, precision)
     on_tensor_cores = dtype != torch.float32 or precision != "ieee"
     if not aligned and on_tensor_cores:
         tile = _within(tile, 128, 128 if kernel == "reduce" else 64, 32)
-    if pressure == 1 and on_tensor_cores and kernel != "product":
-        tile = _within(tile, 128, 128 if kernel == "reduce" else 64, 64)
+    if pressure == 1 and on_tensor_cores:
+        tile = _within(tile, 128, 64 if kernel == "weigh" else 128, 64)
     if pressure == 2 and kernel != "product":
-        warps = 4 if on_tensor_cores and kernel == "reduce" else 8
-        tile = (*_within(tile, 64, 64, 64)[:3], warps, tile[4])
+        narrow = not on_tensor_cores or not aligned
+        tile = (*_within(tile, 64, 32 if narrow else 64, 64)[:3], 8, tile[4])
     block_m, block_n, block_k, warps, stages = tile
     if columns is not None:
         while block_n >= 2 * max(columns, 64):
             block_n //= 2
+        if arch == "sm100" and block_n == 64:
+            warps = 4  # with 8 the compiler keeps an address on the stack
     return Config(block_m, block_n, block_k, warps, stages)
 
 

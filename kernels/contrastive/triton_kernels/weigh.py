@@ -62,7 +62,7 @@ def weigh_tiles(
 ):
     """Owns tile (i, j) of the panel of S at (panel_row, panel_col). Streams D. In registers: the cosines and the weights.
 
-    Stores G, times `row_scale` if there is one, to weights [panel_rows, panel_cols], in the dtype of the products; and,
+    Stores G, times `row_scale` if there is one, to weights [whole tiles of rows, of columns], in the dtype of the products; and,
     where asked for, in float32 and before any rounding, sum_j G to row_sums and sum_j G cos to row_cosines
     [tiles_n, panel_rows], sum_i G to col_sums [tiles_m, panel_cols], and the sum of the softplus terms times their factor
     to `values` [tiles_n, panel_rows].
@@ -109,7 +109,7 @@ def weigh_tiles(
                 gradient += slope * along(col_factors[FIELDS[f][6]], tile, 1)
     for p in tl.static_range(len(PAIRS)):
         if touched(tile, numbers, PAIRS[p][0], BM, BN):
-            own = named(scores, tile, numbers, tensors, PAIRS[p][0], 1)
+            own = named(scores, tile, numbers, tensors, PAIRS[p][0], 1) & (cols < m)[None, :]
             if PAIRS[p][1] >= 0:
                 gradient += tl.where(own, along(row_factors[PAIRS[p][1]], tile, 0), 0.0)
             if PAIRS[p][2] >= 0:
@@ -132,7 +132,8 @@ def weigh_tiles(
         start = wide(i * BM) * weights_stride + j * BN
         at = weights + start + (tl.arange(0, BM)[:, None] * weights_stride + tl.arange(0, BN)[None, :])
         kept = rounded(gradient, weights.dtype.element_ty, INTERPRETED)
-        tl.store(at, kept, mask=inside_rows[:, None] & inside_cols[None, :])
+        # No mask: the buffer has room for whole tiles, and what lies beyond the panel is 0 or another panel's to write.
+        tl.store(at, kept)
 
 
 @triton.jit

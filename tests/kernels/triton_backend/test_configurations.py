@@ -15,12 +15,17 @@ from pairtile.kernels.contrastive.triton_kernels.configurations import (
     ARCHITECTURES,
     KERNELS,
     PRECISIONS,
+    offered,
     pick_config,
 )
 from similarity_cases import Case
 from triton_requests import REQUESTS, request_case, run_request
 
 KINDS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), *((torch.float32, each) for each in PRECISIONS)]
+
+
+def kinds(arch: str) -> list[tuple[torch.dtype, str]]:
+    return [(dtype, precision) for dtype, precision in KINDS if precision in offered(arch)]
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def spanning_variants() -> list[Variant]:
     found: dict[tuple, Variant] = {}
     for arch in ARCHITECTURES:
         for tma in (True, False) if arch in ("sm90", "sm100") else (False,):
-            for dtype, precision in KINDS:
+            for dtype, precision in kinds(arch):
                 variant = Variant(arch, dtype, precision, tma)
                 kind = "16 bit" if dtype != torch.float32 else "float32"
                 found.setdefault((kind, tma, variant.tiles()), variant)
@@ -71,7 +76,7 @@ def spanning_cases() -> list[tuple[Variant, str]]:
 def test_every_shipped_configuration_is_in_some_case():
     tested = {(variant.tma, variant.tiles()) for variant, _ in spanning_cases()}
     for arch in ARCHITECTURES:
-        for dtype, precision in KINDS:
+        for dtype, precision in kinds(arch):
             assert (False, Variant(arch, dtype, precision, False).tiles()) in tested
     assert {name for _, name in spanning_cases()} == set(REQUESTS)
 

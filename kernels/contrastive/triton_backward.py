@@ -1,8 +1,8 @@
-"""The host side of the Triton kernels: panels of S within the memory budget, one launch after the other.
+"""The backward of the Triton backend: panels of rows and columns within the memory budget.
 
-Forward: for each panel of rows `reduce_tiles` leaves the partial results of every tile, `merge_partials` joins them.
-Backward: for each panel of rows and columns `weigh_tiles` writes the weights G of its pairs to a buffer, and two products
-add the panel's share to dx and dy. S is multiplied once in the forward and once in the backward.
+For each panel `weigh_tiles` writes the weights G of its pairs to a buffer, and two products add the panel's share to dx and
+dy. S is multiplied once for both, so that a backward takes 6 N M D FLOPs; a kernel that owns its rows of dx, or of dy, and
+keeps them in registers multiplies S once for each, and takes 8.
 """
 
 from __future__ import annotations
@@ -15,190 +15,31 @@ import torch
 from torch import Tensor
 
 from .autograd import Settings
-from .operands import Operands, pair_scores
+from .operands import Operands
 from .plan import Plan
 from .reductions import Diagonal, LogSumExp, PairScore, SoftplusSum
 from .triton_kernels import launching
-from .triton_kernels.configurations import Config
 from .triton_kernels.fields import Fields, fields_of
+from .triton_kernels.launches import Launches, panel_length, plain
 from .triton_kernels.launching import cdiv
 from .triton_kernels.product import add_product
-from .triton_kernels.reduce import merge_partials, reduce_tiles
-from .triton_kernels.tuning import chosen_config
 from .triton_kernels.weigh import weigh_tiles
 
-# |S| + ln max(N, M) below this (natural): no sum of exponentials of scores leaves float32.
-_CALM = 80.0
 # Shifts (base 2) up to this size: a row's and a column's factor can share one exponential, see `weigh_tiles`.
 _ONE_EXPONENTIAL = 90.0
 # Rows and columns of a panel, unless it ends with S: panels then begin where tiles do.
 _PANEL_MULTIPLE = 256
-# Owners of one program of merge_partials, and how many tiles it joins at a time.
-_MERGE_BLOCK, _MERGE_TILES = 64, 32
-
-
-class _Launches:
-    """What every launch of one request shares."""
-
-    def __init__(self, operands: Operands, fields: Fields, settings: Settings) -> None:
-        x, y = operands.x, operands.y
-        self.operands, self.fields, self.settings = operands, fields, settings
-        (self.n, self.d), self.m = x.shape, y.shape[0]
-        self.device, self.dtype = x.device, x.dtype
-        self.arch = launching.architecture(x.device)
-        self.tma = launching.aligned(x, self.arch) and launching.aligned(y, self.arch)
-
-    def config(self, kernel: str, *, pressure: int = 0, columns: int | None = None) -> Config:
-        return chosen_config(
-            self.arch,
-            kernel,
-            self.dtype,
-            self.d,
-            self.settings.precision,
-            pressure=pressure,
-            columns=columns,
-            aligned=launching.vectorised(self.operands.x) and launching.vectorised(self.operands.y),
-        )
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return launching.empty(*shape, dtype=dtype, device=self.device)
-
-    def tile_arguments(self, config: Config) -> dict[str, Any]:
-        """The arguments by which a kernel computes a tile of S, and its rules."""
-        operands = self.operands
-        return {
-            "x": launching.source(operands.x, (config.block_m, config.block_k), self.tma),
-            "y": launching.source(operands.y, (config.block_n, config.block_k), self.tma),
-            "x_strides": operands.x.stride(),
-            "y_strides": operands.y.stride(),
-            "scale": operands.scale,
-            "bias": operands.bias,
-            "row_bias": operands.row_bias,
-            "col_bias": operands.col_bias,
-            "numbers": tuple(self.fields.numbers),
-            "tensors": tuple(self.fields.tensors),
-            "n": self.n,
-            "m": self.m,
-            "d": self.d,
-            "FIELDS": self.fields.fields,
-            "PER_ROW": operands.per_row_scale,
-            "TMA": self.tma,
-            **self.constants(),
-        }
-
-    def constants(self) -> dict[str, Any]:
-        return {"PRECISION": self.settings.precision, "INTERPRETED": launching.interpreting()}
-
-
-def forward_results(operands: Operands, plan: Plan, settings: Settings) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """The result of each (dimension, reduction) of the plan, and what its backward needs to know."""
-    operands = _plain(operands)
-    with launching.on(operands.x.device):
-        fields = fields_of(plan, operands.length(1), operands.length(0), operands.scale)
-        launches = _Launches(operands, fields, settings)
-        merged = _reduce(launches)
-    results: list[Tensor] = []
-    statistics: list[list[Tensor]] = []
-    for (dim, reduction), slot in zip(plan, fields.slots, strict=True):
-        if isinstance(reduction, PairScore):
-            results.append(pair_scores(operands, reduction.pair, dim, settings.budget).to(operands.scale.dtype))
-            statistics.append([])
-            continue
-        result, shift, total = merged[dim][slot]
-        results.append(result)
-        statistics.append([shift, total] if isinstance(reduction, LogSumExp) else [])
-    return results, statistics
-
-
-def _reduce(launches: _Launches) -> dict[int, list[tuple[Tensor, Tensor, Tensor]]]:
-    """(result, shift, total) of each dense slot, by direction."""
-    n, m, dense = launches.n, launches.m, launches.fields.dense
-    merged = {
-        dim: [tuple(launches.empty(owners) for _ in range(3)) for _ in range(dense[dim])]
-        for dim, owners in ((1, n), (0, m))
-    }
-    kinds = {dim: {each[6 - dim]: each[0] for each in launches.fields.fields} for dim in (1, 0)}
-    if not n or not m:
-        for dim, slots in merged.items():
-            for slot, (result, shift, total) in enumerate(slots):
-                result.fill_(-math.inf if kinds[dim][slot] == 0 else 0.0)
-                shift.zero_(), total.zero_()
-        return merged  # type: ignore[return-value]
-    if not any(dense.values()):
-        return merged  # type: ignore[return-value]
-    config = launches.config("reduce", pressure=2 if len(launches.fields.fields) > 1 else 0)
-    tiles_n = cdiv(m, config.block_n)
-    per_row = 8 * (dense[1] * tiles_n + dense[0] * m / config.block_m)
-    panel = _panel(n, launches.settings.budget / per_row, config.block_m)
-    # softplus needs neither maxima nor shifts
-    shifted = any(kind == 0 for kind, *_ in launches.fields.fields)
-    arguments = launches.tile_arguments(config) | {"calm": _calm(launches) if shifted else None}
-    row_partials = launches.empty(dense[1], 2, tiles_n, panel)
-    col_partials = launches.empty(dense[0], 2, cdiv(panel, config.block_m), m)
-    for start in range(0, n, panel):
-        rows = min(panel, n - start)
-        tiles_m = cdiv(rows, config.block_m)
-        panels = {
-            "row_partials": row_partials,
-            "col_partials": col_partials,
-            "panel": start,
-            "panel_rows": rows,
-            "tiles_m": tiles_m,
-            "tiles_n": tiles_n,
-        }
-        for calm in (True, False) if shifted else (True,):
-            launching.run(reduce_tiles, (tiles_m * tiles_n,), config, arguments | panels | {"CALM": calm})
-        for slot, owned in enumerate(merged[1]):
-            partials = row_partials.view(-1)[2 * slot * tiles_n * rows :]
-            _merge(partials, owned, start, rows, tiles_n, kinds[1][slot], continued=False)
-        for slot, owned in enumerate(merged[0]):
-            partials = col_partials.view(-1)[2 * slot * tiles_m * m :]
-            _merge(partials, owned, 0, m, tiles_m, kinds[0][slot], continued=start > 0)
-    return merged  # type: ignore[return-value]
-
-
-def _merge(
-    partials: Tensor, owned: tuple[Tensor, ...], first: int, owners: int, tiles: int, kind: int, continued: bool
-) -> None:
-    result, shift, total = (each[first : first + owners] for each in owned)
-    arguments = {
-        "partials": partials,
-        "shifts": shift,
-        "totals": total,
-        "results": result,
-        "owners": owners,
-        "tiles": tiles,
-        "KIND": kind,
-        "CONTINUE": continued,
-        "BLOCK": _MERGE_BLOCK,
-        "TILES": _MERGE_TILES,
-    }
-    launching.run(merge_partials, (cdiv(owners, _MERGE_BLOCK),), None, arguments)
-
-
-def _calm(launches: _Launches) -> Tensor:
-    """int32 []: whether the norms of the features rule out that a sum of exponentials overflows."""
-    x, y, scale, *biases = launches.operands
-    if launches.fields.weighted:
-        return torch.zeros((), dtype=torch.int32, device=launches.device)
-    norms = [torch.linalg.vector_norm(each, dim=1, dtype=torch.float32).amax() for each in (x, y)]
-    reach = scale.abs().amax() * norms[0] * norms[1]
-    for bias in biases:
-        if bias is not None:
-            reach = reach + bias.abs().amax()
-    calm: Tensor = reach < _CALM - math.log(max(launches.n, launches.m))
-    return calm.to(torch.int32)
 
 
 def backward_results(
     operands: Operands, plan: Plan, saved: list[Tensor], grads: list[Tensor], settings: Settings, needed: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of the operands, None where not needed; `saved` is what the forward's statistics were, in a row."""
-    given, operands = operands, _plain(operands)
+    given, operands = operands, plain(operands)
     with torch.no_grad(), launching.on(operands.x.device):
         fields = fields_of(plan, operands.length(1), operands.length(0), operands.scale)
         upstream = _upstream(plan, fields, saved, grads, operands)
-        gradients = _Gradients(_Launches(operands, fields, settings), upstream, needed).sweep()
+        gradients = _Gradients(Launches(operands, fields, settings), upstream, needed).sweep()
     return [
         None if gradient is None or leaf is None else gradient.reshape(leaf.shape)
         for gradient, leaf in zip(gradients, given, strict=True)
@@ -265,13 +106,13 @@ def sigmoid_sum(
 
     Gradients in the dtype of their operand, but float32 for float16 features.
     """
-    operands = _plain(operands)
+    operands = plain(operands)
     plan: Plan = [(1, SoftplusSum(positive))]
     with launching.on(operands.x.device):
         fields = fields_of(plan, operands.length(1), operands.length(0), operands.scale)
         grad = operands.scale.new_full((operands.length(1),), weight)
         upstream = _upstream(plan, fields, [], [grad], operands)
-        sweep = _Gradients(_Launches(operands, fields, settings), upstream, needed, values=True)
+        sweep = _Gradients(Launches(operands, fields, settings), upstream, needed, values=True)
         gradients = sweep.sweep()
     return weight * sweep.value, gradients
 
@@ -282,7 +123,7 @@ class _Gradients:
     #: The sum of the softplus terms, where `values` asks for it.
     value: Tensor
 
-    def __init__(self, launches: _Launches, upstream: Upstream, needed: list[bool], values: bool = False) -> None:
+    def __init__(self, launches: Launches, upstream: Upstream, needed: list[bool], values: bool = False) -> None:
         self._launches, self._upstream, self._values = launches, upstream, values
         # Gradients that wait for their upstream factor: those of float16 would leave its range before they meet it.
         self._wide = values and launches.dtype == torch.float16
@@ -290,8 +131,10 @@ class _Gradients:
         self._needed = [want and each is not None for want, each in zip(needed, operands, strict=True)]
         self._products = self._needed[0] or self._needed[1]
         n, m, d = launches.n, launches.m, launches.d
-        self._tile = launches.config("weigh", pressure=2 if len(launches.fields.fields) > 1 else int(values))
-        self._product = launches.config("product", columns=d)
+        ragged = n % 16 != 0 or m % 16 != 0  # edges to be masked element by element
+        self._tile = launches.config("weigh", pressure=2 if len(launches.fields.fields) > 1 else int(values or ragged))
+        # Panels end with a tile, but for the last ones.
+        self._product, self._last_product = (launches.config("product", columns=d, pressure=k) for k in (0, 1))
         self._rows, self._cols = panel_shape(n, m, launches.settings.budget // operands.x.element_size())
         self._factor, self._row_scale = self._scales()
         shared = any(kind == 0 and row >= 0 and col >= 0 for kind, *_, row, col in launches.fields.fields)
@@ -346,8 +189,9 @@ class _Gradients:
     def _panels(self, dx: Tensor | None, dy: Tensor | None, totals: dict[str, Tensor]) -> None:
         launches, tile = self._launches, self._tile
         n, m, d = launches.n, launches.m, launches.d
-        width = cdiv(self._cols, 16) * 16  # rows of the buffer start where descriptors can load them
-        weights = launches.empty(self._rows, width, dtype=launches.dtype) if self._products else None
+        # Whole tiles, which are stored without masks; rows so start where descriptors can load them.
+        height, width = (cdiv(size, _PANEL_MULTIPLE) * _PANEL_MULTIPLE for size in (self._rows, self._cols))
+        weights = launches.empty(height, width, dtype=launches.dtype) if self._products else None
         several_rows, several_cols = self._rows < n, self._cols < m
         total_x = launches.empty(self._rows, d) if dx is not None and several_cols else None
         total_y = launches.empty(m, d) if dy is not None and several_rows else None
@@ -429,10 +273,11 @@ class _Gradients:
         continued: bool,
         last: bool,
     ) -> None:
-        launches, config = self._launches, self._product
+        launches = self._launches
         if not launches.d:
             return
         depth, rows = weights.shape if transposed else weights.shape[::-1]
+        config = self._last_product if rows % _PANEL_MULTIPLE else self._product
         tma_weights = launching.aligned(weights, launches.arch)
         tma = launching.aligned(features, launches.arch)
         block = (config.block_k, config.block_m) if transposed else (config.block_m, config.block_k)
@@ -461,13 +306,6 @@ class _Gradients:
         launching.run(add_product, (tiles_m * tiles_n,), config, arguments)
 
 
-def _plain(operands: Operands) -> Operands:
-    """The operands without their graph; vectors contiguous, as the kernels index them."""
-    x, y, scale, *biases = operands.detached()
-    x, y = launching.near(x), launching.near(y)
-    return Operands(x, y, scale.contiguous(), *(None if each is None else each.contiguous() for each in biases))
-
-
 def panel_shape(n: int, m: int, entries: int) -> tuple[int, int]:
     """Rows and columns of the panels of the backward, whose weights, `entries` of them, are in memory.
 
@@ -477,11 +315,6 @@ def panel_shape(n: int, m: int, entries: int) -> tuple[int, int]:
     side = math.isqrt(entries)
     if min(n, m) <= 2 * side:
         short = min(n, m)
-        long = _panel(max(n, m), entries / max(1, short), _PANEL_MULTIPLE)
+        long = panel_length(max(n, m), entries / max(1, short), _PANEL_MULTIPLE)
         return (short, long) if n <= m else (long, short)
-    return _panel(n, side, _PANEL_MULTIPLE), _panel(m, side, _PANEL_MULTIPLE)
-
-
-def _panel(length: int, fitting: float, multiple: int) -> int:
-    """Rows (columns) of a panel: as many as fit, a multiple of a tile's, one tile at least, all if they are fewer."""
-    return max(1, min(length, max(multiple, int(fitting) // multiple * multiple)))
+    return panel_length(n, side, _PANEL_MULTIPLE), panel_length(m, side, _PANEL_MULTIPLE)

@@ -56,8 +56,14 @@ def _triton_obstacle() -> str | None:
     return None
 
 
-def _gpu_default() -> str:
+def _gpu_default(index: int | None) -> str:
     obstacle = _triton_obstacle()
+    if obstacle is None and torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(index)
+        if capability < (8, 0):
+            obstacle = (
+                f"the Triton kernels need compute capability 8.0 and this GPU has {capability[0]}.{capability[1]}"
+            )
     if obstacle is None:
         return "triton"
     warn_once(f"The torch backend serves on the GPU, which is slower, because {obstacle}")
@@ -103,7 +109,7 @@ def use_backend(name: str) -> Iterator[None]:
 def _default(device: torch.device) -> str:
     if device.type == "cpu":
         return _cpu_default()
-    return _gpu_default() if device.type == "cuda" else "torch"
+    return _gpu_default(device.index) if device.type == "cuda" else "torch"
 
 
 def select_backend(device: torch.device) -> tuple[str, str]:

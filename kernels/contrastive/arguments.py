@@ -36,7 +36,8 @@ def factor(
 ) -> Tensor:
     """A scalar as a tensor of shape []; if `rows` is given, one number for each row is taken too, as [rows]."""
     if not isinstance(value, Tensor):
-        return torch.tensor(float(value), dtype=dtype, device=device)
+        # not torch.tensor: on a GPU that copies from the host and waits for it
+        return torch.full((), float(value), dtype=dtype, device=device)
     shapes = ((), (1,)) if rows is None else ((), (1,), (rows,), (rows, 1))
     if value.shape not in shapes or not value.is_floating_point():
         expected = "[] or [1]" if rows is None else f"[], [1], or [{rows}] for a temperature of each row's own"
@@ -100,12 +101,17 @@ def _converted(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tenso
     return value.to(device=device, dtype=dtype)
 
 
-def _torch_precision() -> str:
-    return torch.get_float32_matmul_precision()
+def _torch_rounds() -> bool:
+    """Whether torch may round the operands of its float32 products, by any of its three switches."""
+    try:
+        # torch 2.9 and later; the older switches set it as well, and asking them after this one is an error.
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+    except AttributeError:
+        return torch.get_float32_matmul_precision() != "highest"
 
 
 # torch.compile cannot trace it; it asks once, and compiles again when that setting changes.
-_torch_precision._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_torch_rounds._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def checked_precision(precision: str | None, backend: str) -> str:
@@ -116,16 +122,15 @@ def checked_precision(precision: str | None, backend: str) -> str:
     """
     offered = ("ieee", "tf32", "tf32x3") if backend == "triton" else ("ieee",)
     if precision is None:
-        return "tf32" if backend == "triton" and _torch_precision() != "highest" else "ieee"
+        return "tf32" if backend == "triton" and _torch_rounds() else "ieee"
     if precision not in offered:
         names = ", ".join(f'"{each}"' for each in offered)
         raise ValueError(
             f"precision={precision!r}: the {backend} backend offers {names} only in this version (None: its default)"
         )
-    if backend in ("torch", "reference") and _torch_precision() != "highest":
+    if backend in ("torch", "reference") and _torch_rounds():
         raise ValueError(
             'precision="ieee", but torch may round the operands of its products: '
-            f"torch.get_float32_matmul_precision() is {_torch_precision()!r}. Call "
-            'torch.set_float32_matmul_precision("highest")'
+            'torch.set_float32_matmul_precision("highest") forbids it'
         )
     return precision

@@ -76,7 +76,7 @@ class DifferentiatedOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
-            f"similarity_reduce cannot be differentiated twice on the {ctx.name} backend: take gradients without "  # type: ignore[attr-defined]
+            f"This operator (similarity_reduce, or a loss over it) cannot be differentiated twice on the {ctx.name} backend: take gradients without "  # type: ignore[attr-defined]
             'create_graph=True, or compute this loss under use_backend("reference")'
         )
 

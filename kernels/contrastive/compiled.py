@@ -40,7 +40,7 @@ def _fake_backward(*arguments: Any) -> list[Tensor]:
     operands, *_, needed = _split(arguments)
     nothing = operands.scale.new_empty(0)
     return [
-        torch.empty_like(operand) if wanted else nothing.clone()
+        operand.new_empty(operand.shape) if wanted else nothing.clone()
         for operand, wanted in zip(operands, needed, strict=True)
     ]
 
@@ -70,7 +70,8 @@ def _define_operators(sweeps: Sweeps) -> Any:
         operands, numbers, metadata, budget, precision, saved, grads, needed = _split(arguments)
         settings = Settings(budget, precision)
         results = sweeps.backward(operands, decode(numbers, metadata), saved, grads, settings, needed)
-        return [operands.scale.new_empty(0) if each is None else each for each in results]
+        # contiguous, as the fake says: inductor compiles for these strides
+        return [operands.scale.new_empty(0) if each is None else each.contiguous() for each in results]
 
     def differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
         numbers, budget, precision, count, results = ctx.request

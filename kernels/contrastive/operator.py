@@ -55,7 +55,8 @@ def similarity_reduce(
             float32). None: "ieee", unless `torch.set_float32_matmul_precision` allows the backend's products more.
         memory_budget: bytes of working memory beside the inputs, the results and their gradients; when None 64 MiB,
             or 512 MiB on the `triton` backend. On the `torch` backend a budget below what the smallest tile needs (16 rows by up to 8192
-            columns) gives that tile, and 16-bit inputs need a float32 accumulator for the gradient of y on top.
+            columns) gives that tile, and 16-bit inputs need a float32 accumulator for the gradient of y on top; on
+            `triton` both gradients need one where neither side of S fits into a panel.
 
     Returns:
         (row results, column results), each a tuple in the order asked for; float32, or float64 for float64

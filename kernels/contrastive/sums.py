@@ -1,8 +1,8 @@
 """Sums of cross-entropies and of sigmoid losses: what most losses are, and what one sweep can differentiate.
 
 `similarity_reduce` gives vectors and waits for their gradients, so its backward has to visit every tile again. A
-sum with a known weight needs no waiting: the `cpp` backend computes the gradient of a sigmoid sum, or of a
-cross-entropy in one direction, in the sweep of the forward, and scales it by the upstream gradient later.
+sum with a known weight needs no waiting: the `cpp` and `triton` backends compute the gradient of a sigmoid sum, and `cpp`
+that of a cross-entropy in one direction, in the sweep of the forward, and scale it by the upstream gradient later.
 """
 
 from __future__ import annotations

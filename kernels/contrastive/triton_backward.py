@@ -29,6 +29,8 @@ from .triton_kernels.weigh import weigh_tiles
 _ONE_EXPONENTIAL = 90.0
 # Rows and columns of a panel, unless it ends with S: panels then begin where tiles do.
 _PANEL_MULTIPLE = 256
+# A row of weights is no longer than that: offsets within a tile of 256 rows take 32 bits.
+_LONGEST_PANEL = 2**22
 
 
 def backward_results(
@@ -82,21 +84,21 @@ def _upstream(plan: Plan, fields: Fields, saved: list[Tensor], grads: list[Tenso
     for (dim, reduction), grad in zip(plan, grads, strict=True):
         if isinstance(reduction, PairScore):
             factors[dim].append(grad.contiguous())
-    unit = unit_of(sizes, operands)
+    unit = unit_of(sizes, operands.x.dtype, operands.x.device)
     flat = [each.abs().amax() for found in shifts.values() for each in found if each.numel()]
     near = torch.stack(flat).amax() <= _ONE_EXPONENTIAL if flat else torch.ones((), device=unit.device)
     scaled = {dim: [each / unit for each in found] for dim, found in factors.items()}
     return Upstream(shifts, scaled, unit, near.to(torch.int32))
 
 
-def unit_of(sizes: list[Tensor], operands: Operands) -> Tensor:
+def unit_of(sizes: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A power of two near the largest upstream gradient; for float16 2^-10 of it, away from its smallest numbers."""
     found = [each.abs().amax() for each in sizes if each.numel()]
-    largest = torch.stack(found).amax() if found else operands.scale.new_ones(())
+    largest = torch.stack(found).amax() if found else torch.ones((), device=device)
     # NaN and infinities go into the factors, not into the unit.
-    usual = torch.where((largest > 0) & largest.isfinite(), largest, 1.0).clamp_min(2.0**-100)
+    usual = torch.where((largest > 0) & largest.isfinite(), largest, 1.0).clamp(2.0**-100, 2.0**126)
     _, exponent = torch.frexp(usual)
-    return torch.ldexp(torch.ones_like(usual), exponent - (10 if operands.x.dtype == torch.float16 else 0))
+    return torch.ldexp(torch.ones_like(usual), exponent - (10 if dtype == torch.float16 else 0))
 
 
 def sigmoid_sum(
@@ -152,7 +154,7 @@ class _Gradients:
         scale, unit = self._launches.operands.scale, self._upstream.unit
         if not self._launches.operands.per_row_scale:
             return scale * unit, None
-        largest = unit_of([scale], self._launches.operands._replace(x=scale)) if scale.numel() else unit
+        largest = unit_of([scale], scale.dtype, scale.device) if scale.numel() else unit
         return largest * unit, scale / largest
 
     def sweep(self) -> list[Tensor | None]:
@@ -313,8 +315,8 @@ def panel_shape(n: int, m: int, entries: int) -> tuple[int, int]:
     panel for its partner, and so no float32 sum of it; if neither is short enough, square panels move the least.
     """
     side = math.isqrt(entries)
-    if min(n, m) <= 2 * side:
-        short = min(n, m)
-        long = panel_length(max(n, m), entries / max(1, short), _PANEL_MULTIPLE)
-        return (short, long) if n <= m else (long, short)
+    short = cdiv(min(n, m), _PANEL_MULTIPLE) * _PANEL_MULTIPLE  # as the buffer has it: whole tiles
+    if short <= 2 * side:
+        long = panel_length(max(n, m), min(entries / max(1, short), _LONGEST_PANEL), _PANEL_MULTIPLE)
+        return (n, long) if n <= m else (long, m)
     return panel_length(n, side, _PANEL_MULTIPLE), panel_length(m, side, _PANEL_MULTIPLE)

@@ -90,7 +90,7 @@ def test_ieee_is_refused_where_torch_rounds_operands():
     similarity_reduce(x, x, scale=1.0, rows=[LogSumExp()], precision="ieee")
     torch.set_float32_matmul_precision("high")
     try:
-        with use_backend("torch"), pytest.raises(ValueError, match=r"torch.get_float32_matmul_precision\(\) is 'high'"):
+        with use_backend("torch"), pytest.raises(ValueError, match="torch may round the operands"):
             similarity_reduce(x, x, scale=1.0, rows=[LogSumExp()], precision="ieee")
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -1,4 +1,4 @@
-"""The core on a GPU, in Triton: three kernels that each visit tiles of S, and what their host side needs.
+"""The core on a GPU, in Triton: the kernels, and what their host side needs.
 
 `reduce_tiles` (forward) multiplies a tile of S and reduces it along its rows and its columns, `merge_partials` joins
 the tiles. `weigh_tiles` (backward) multiplies the tile again and writes G = d objective / dS of it, and `add_product`

@@ -38,7 +38,7 @@ class Fields:
 
     Attributes:
         fields, pairs: constants of the compilation.
-        numbers: offsets and ends of ranges. Runtime values: another offset is no other kernel.
+        numbers: offsets and ends of ranges, at run time: another offset is, as a rule, no other kernel.
         tensors: ids, targets, thresholds, weights.
         slots: of each reduction of the plan its slot in its direction.
         dense: how many slots look at every pair, by direction.
@@ -96,6 +96,7 @@ def fields_of(plan: Plan, n: int, m: int, filler: Tensor) -> Fields:
 class _Encoder:
     def __init__(self, found: Fields, n: int, m: int) -> None:
         self._found, self._n, self._m = found, n, m
+        self._given: list[Tensor] = []
 
     def rules(self, given: object) -> tuple[Rule, ...]:
         return tuple(self.rule(each) for each in rules_of(given))  # type: ignore[arg-type]
@@ -130,8 +131,9 @@ class _Encoder:
         return self._found.numbers.index(value)
 
     def tensor(self, tensor: Tensor) -> int:
-        for index, known in enumerate(self._found.tensors):
+        for index, known in enumerate(self._given):
             if known is tensor:
                 return index
-        self._found.tensors.append(tensor.contiguous())
-        return len(self._found.tensors) - 1
+        self._given.append(tensor)
+        self._found.tensors.append(tensor.resolve_neg().contiguous())
+        return len(self._given) - 1

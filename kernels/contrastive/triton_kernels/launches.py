@@ -72,7 +72,11 @@ def plain(operands: Operands) -> Operands:
     """The operands without their graph; vectors contiguous, as the kernels index them."""
     x, y, scale, *biases = operands.detached()
     x, y = launching.near(x), launching.near(y)
-    return Operands(x, y, scale.contiguous(), *(None if each is None else each.contiguous() for each in biases))
+    return Operands(x, y, _vector(scale), *(None if each is None else _vector(each) for each in biases))
+
+
+def _vector(tensor: Tensor) -> Tensor:
+    return tensor.resolve_neg().contiguous()
 
 
 def panel_length(length: int, fitting: float, multiple: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,9 +64,10 @@ def on(device: torch.device) -> Iterator[None]:
 
 
 def vectorised(matrix: Tensor) -> bool:
-    """Whether rows start at multiples of 16 bytes, and so can be loaded by as many at a time."""
+    """Whether rows start at multiples of 16 bytes, and so can be loaded by as many at a time; expanded ones do not."""
     return (
         matrix.stride(1) == 1
+        and matrix.stride(0) >= matrix.shape[1]
         and matrix.stride(0) * matrix.element_size() % _TMA_BYTES == 0
         and matrix.data_ptr() % _TMA_BYTES == 0
     )
@@ -78,7 +79,8 @@ def aligned(matrix: Tensor, arch: str) -> bool:
 
 
 def near(matrix: Tensor) -> Tensor:
-    """The matrix, or a contiguous copy where the rows or columns of one block would lie 2^31 elements apart."""
+    """The matrix as its memory has it, or a contiguous copy where one block would reach over 2^31 elements."""
+    matrix = matrix.resolve_neg()
     return matrix if max(matrix.stride(), default=0) < _FARTHEST_STRIDE else matrix.contiguous()
 
 
@@ -89,6 +91,3 @@ def source(matrix: Tensor, block: tuple[int, int], tma: bool) -> Any:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-
-Runner = Callable[[Any, tuple[int, ...], Config | None, dict[str, Any]], None]

@@ -136,11 +136,12 @@ def _log_sum_exp(z, CALM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, 
 
 @triton.jit
 def _far(maximum, peak, WANTED: tl.constexpr):
+    """Whether some row's (column's) maximum is far from the tile's; False for a direction that nobody asked for."""
     if WANTED:
         far = (maximum != float("-inf")) & (tl.abs(maximum - peak) > _FAR)
         return tl.max(far.to(tl.int32), 0) != 0
     else:
-        return peak != peak
+        return tl.full((), 0, tl.int1)
 
 
 @triton.jit
@@ -181,9 +182,8 @@ def merge_partials(
             size = tl.where(usual, found + tl.floor(tl.log2(tl.where(usual, sums, 1.0))), float("-inf"))
             new = tl.maximum(shift, tl.max(size, 0))
             held = finite(new)
-            # The differences are exact: both sides are multiples of the smaller one's last digit.
-            total = tl.where(total == 0, 0.0, total * tl.exp2(shift - held))
-            total += tl.sum(tl.where(sums == 0, 0.0, sums * tl.exp2(found - held[None, :])), 0)
+            total = _rescaled(total, shift - held)
+            total += tl.sum(_rescaled(sums, found - held[None, :]), 0)
             shift = new
         else:
             total += tl.sum(sums, 0)
@@ -194,3 +194,9 @@ def merge_partials(
     else:
         tl.store(results + at, total * LN2, mask=mask)
     tl.store(totals + at, total, mask=mask)
+
+
+@triton.jit
+def _rescaled(sums, by):
+    """sums 2^by; an infinity or NaN stays what it is, whatever `by` says of the others."""
+    return tl.where((sums > 0) & (sums < float("inf")), sums * tl.exp2(by), sums)

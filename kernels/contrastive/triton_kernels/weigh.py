@@ -64,8 +64,8 @@ def weigh_tiles(
 
     Stores G, times `row_scale` if there is one, to weights [whole tiles of rows, of columns], in the dtype of the products; and,
     where asked for, in float32 and before any rounding, sum_j G to row_sums and sum_j G cos to row_cosines
-    [tiles_n, panel_rows], sum_i G to col_sums [tiles_m, panel_cols], and the sum of the softplus terms times their factor
-    to `values` [tiles_n, panel_rows].
+    [tiles_n, panel_rows], sum_i G to col_sums [tiles_m, panel_cols], and the sum of the softplus terms to `values`
+    [tiles_n, panel_rows].
 
     With f and s a row's factor and shift, a log-sum-exp contributes f 2^(S - s) to its row's weights, and the same in
     its column's terms; where no shift is large both come from one: 2^S (f 2^-s + f' 2^-s'). Whether that is so
@@ -109,7 +109,7 @@ def weigh_tiles(
                 gradient += slope * along(col_factors[FIELDS[f][6]], tile, 1)
     for p in tl.static_range(len(PAIRS)):
         if touched(tile, numbers, PAIRS[p][0], BM, BN):
-            own = named(scores, tile, numbers, tensors, PAIRS[p][0], 1) & (cols < m)[None, :]
+            own = named(scores, tile, numbers, tensors, PAIRS[p][0], 1) & (rows < n)[:, None] & (cols < m)[None, :]
             if PAIRS[p][1] >= 0:
                 gradient += tl.where(own, along(row_factors[PAIRS[p][1]], tile, 0), 0.0)
             if PAIRS[p][2] >= 0:

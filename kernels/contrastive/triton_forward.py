@@ -23,7 +23,7 @@ from .triton_kernels.reduce import merge_partials, reduce_tiles
 # |S| + ln max(N, M) below this (natural): no sum of exponentials of scores leaves float32.
 _CALM = 80.0
 # Owners of one program of merge_partials, and how many tiles it joins at a time.
-_MERGE_BLOCK, _MERGE_TILES = 64, 32
+_MERGE_BLOCK, _MERGE_TILES = 64, 16
 
 
 def forward_results(operands: Operands, plan: Plan, settings: Settings) -> tuple[list[Tensor], list[list[Tensor]]]:

@@ -69,7 +69,8 @@ def _define_operators(sweeps: Sweeps) -> Any:
     def backward(*arguments: Any) -> list[Tensor]:
         operands, numbers, metadata, budget, precision, saved, grads, needed = _split(arguments)
         settings = Settings(budget, precision)
-        results = sweeps.backward(operands, decode(numbers, metadata), saved, grads, settings, needed)
+        with torch.autocast(operands.x.device.type, enabled=False):  # who calls backward may have it on
+            results = sweeps.backward(operands, decode(numbers, metadata), saved, grads, settings, needed)
         # contiguous, as the fake says: inductor compiles for these strides
         return [operands.scale.new_empty(0) if each is None else each.contiguous() for each in results]
 

@@ -22,7 +22,7 @@ from pairtile.kernels import (
     use_backend,
 )
 from pairtile.kernels.build import operators_obstacle
-from similarity_cases import Case, dense_scores, objective, outcome, random_case, random_features, reduce_scores
+from similarity_cases import Case, cancelling_sizes, outcome, pair_gradients, random_case, random_features
 
 CASES = 320
 #: As many of them run in Triton's interpreter, which takes a tenth of a second for each.
@@ -57,14 +57,6 @@ def contenders(seed: int) -> list[tuple[str, bool]]:
 # ---- dense PyTorch -------------------------------------------------------------------------------
 
 
-def pair_gradients(case: Case, dtype: torch.dtype) -> Tensor:
-    """G = d objective / dS, dense."""
-    scores = dense_scores(case, dtype).requires_grad_()
-    with use_backend("reference"):
-        total = objective(reduce_scores(scores, case.rows, case.cols), case) + 0 * scores.sum()
-    return torch.autograd.grad(total, scores)[0]
-
-
 def dense_errors(case: Case, truth: dict[str, Tensor], sizes: dict[str, float]) -> dict[str, float]:
     """What dense float32 PyTorch does to the same inputs."""
     with use_backend("reference"):
@@ -85,19 +77,6 @@ def dense_16_bit_errors(case: Case, truth: dict[str, Tensor], sizes: dict[str, f
         "dscale": cosines if scale.dim() else cosines.sum(),
     }
     return {name: relative_error(value, truth[name], sizes.get(name, 0.0)) for name, value in found.items()}
-
-
-def cancelling_sizes(case: Case) -> dict[str, float]:
-    """Gradients that pass through zero are measured against the sum of the absolute values of their terms."""
-    gradient = pair_gradients(case, torch.float64).abs()
-    cosines = (case.operands[0].double() @ case.operands[1].double().T).abs()
-    terms = gradient * cosines
-    return {
-        "dscale": float(terms.sum(1).norm() if case.operands[2].dim() else terms.sum()),
-        "dbias": float(gradient.sum()),
-        "drow_bias": float(gradient.sum(1).norm()),
-        "dcol_bias": float(gradient.sum(0).norm()),
-    }
 
 
 def relative_error(given: Tensor, truth: Tensor, size: float) -> float:

@@ -175,6 +175,27 @@ def objective(results: list[Tensor], case: Case) -> Tensor:
     return torch.stack(parts).sum()
 
 
+def pair_gradients(case: Case, dtype: torch.dtype) -> Tensor:
+    """G = d objective / dS, dense."""
+    scores = dense_scores(case, dtype).requires_grad_()
+    with use_backend("reference"):
+        total = objective(reduce_scores(scores, case.rows, case.cols), case) + 0 * scores.sum()
+    return torch.autograd.grad(total, scores)[0]
+
+
+def cancelling_sizes(case: Case) -> dict[str, float]:
+    """Gradients that pass through zero are measured against the sum of the absolute values of their terms."""
+    gradient = pair_gradients(case, torch.float64).abs()
+    cosines = (case.operands[0].double() @ case.operands[1].double().T).abs()
+    terms = gradient * cosines
+    return {
+        "dscale": float(terms.sum(1).norm() if case.operands[2].dim() else terms.sum()),
+        "dbias": float(gradient.sum()),
+        "drow_bias": float(gradient.sum(1).norm()),
+        "dcol_bias": float(gradient.sum(0).norm()),
+    }
+
+
 def outcome(case: Case, operands: list[Tensor | None]) -> dict[str, Tensor]:
     """Every result and the gradient of every operand, by name."""
     leaves = [None if each is None else each.detach().requires_grad_() for each in operands]

@@ -9,7 +9,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from pairtile.kernels import use_backend
+from pairtile.kernels import Diagonal, use_backend
+from pairtile.kernels.contrastive import arguments
+from pairtile.kernels.contrastive.sums import sigmoid_sum
 from pairtile.kernels.contrastive.triton_kernels import launching
 from pairtile.kernels.contrastive.triton_kernels.configurations import (
     ARCHITECTURES,
@@ -18,7 +20,7 @@ from pairtile.kernels.contrastive.triton_kernels.configurations import (
     offered,
     pick_config,
 )
-from similarity_cases import Case
+from similarity_cases import NAMES, Case, cancelling_sizes
 from triton_requests import REQUESTS, request_case, run_request
 
 KINDS = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), *((torch.float32, each) for each in PRECISIONS)]
@@ -41,9 +43,9 @@ class Variant:
     def __str__(self) -> str:
         return f"{self.arch}-{str(self.dtype)[6:]}-{self.precision}-{'descriptors' if self.tma else 'pointers'}"
 
-    def tiles(self) -> tuple:
+    def tiles(self, pressure: int = 0) -> tuple:
         """Block sizes and group of each kernel, for a wide D and for a narrow one."""
-        picked = [self.config(kernel, d) for kernel in KERNELS for d in (4096, WIDTHS[self.tma])]
+        picked = [self.config(kernel, d, pressure) for kernel in KERNELS for d in (4096, WIDTHS[self.tma])]
         return tuple((each.block_m, each.block_n, each.block_k, each.group) for each in picked)
 
     def config(self, kernel: str, d: int, pressure: int = 0):
@@ -55,7 +57,7 @@ class Variant:
 WIDTHS = {True: 72, False: 69}
 
 
-def spanning_variants() -> list[Variant]:
+def spanning_variants(pressure: int = 0) -> list[Variant]:
     """One variant for each set of tiles, dtype and way of loading; bfloat16 and float16 differ in nothing else."""
     found: dict[tuple, Variant] = {}
     for arch in ARCHITECTURES:
@@ -63,7 +65,7 @@ def spanning_variants() -> list[Variant]:
             for dtype, precision in kinds(arch):
                 variant = Variant(arch, dtype, precision, tma)
                 kind = "16 bit" if dtype != torch.float32 else "float32"
-                found.setdefault((kind, tma, variant.tiles()), variant)
+                found.setdefault((kind, tma, variant.tiles(pressure)), variant)
     return list(found.values())
 
 
@@ -84,13 +86,21 @@ def test_every_shipped_configuration_is_in_some_case():
 def assert_like_float64(found: list[torch.Tensor], case: Case) -> None:
     with use_backend("reference"):
         expected = run_request(case, dtype=torch.float64)
-    for k, (given, truth) in enumerate(zip(found, expected, strict=True)):
+    results = len(case.rows) + len(case.cols)
+    present = [name for name, each in zip(NAMES, case.operands, strict=True) if each is not None]
+    # Gradients that pass through zero are measured against the sum of the absolute values of their terms.
+    sizes = cancelling_sizes(case)
+    assert_close(found, expected, [0.0] * results + [sizes.get(f"d{name}", 0.0) for name in present])
+
+
+def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor], sizes: list[float]) -> None:
+    for k, (given, truth, size) in enumerate(zip(found, expected, sizes, strict=True)):
         finite = truth.isfinite()
         assert torch.equal(given.isfinite(), finite), f"result {k}"
         # The interpreter multiplies in float32 whatever the precision. Results carry float32 sums and scores of size
         # 14; gradients of 16-bit features, and the weights they are made of, are rounded to the features' dtype.
         bound = 5e-6 if given.dtype == torch.float32 else 2 * torch.finfo(given.dtype).eps
-        error = (given[finite].double() - truth[finite]).norm() / truth[finite].norm()
+        error = (given[finite].double() - truth[finite]).norm() / max(truth[finite].norm(), size)
         assert error < bound, f"result {k}: {error:.2g}"
 
 
@@ -109,6 +119,44 @@ def test_a_shipped_configuration(gpu_safety, monkeypatch, variant, name):
     assert used["reduce_tiles"] in [variant.config("reduce", d, pressure) for pressure in range(3)]
     assert used["add_product"] == variant.config("product", d)
     assert_like_float64(found, case)
+
+
+def sigmoid_and_gradients(case: Case, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """The sum of the sigmoid loss, whose terms and weights are made of a tile at once."""
+    x, y, scale, bias = (each.detach().requires_grad_() for each in (case.to(dtype) if dtype else case.operands)[:4])
+    value = sigmoid_sum(x, y, scale=scale, bias=bias, positive=Diagonal(2))
+    return [value.detach(), *torch.autograd.grad(value, (x, y, scale, bias))]
+
+
+@pytest.mark.parametrize(
+    ("pressure", "variant"),
+    [
+        (pressure, variant)
+        for pressure in range(3)
+        for variant in spanning_variants(pressure)
+        # the sigmoid sum multiplies as torch was told to, which has no word for tf32x3
+        if pressure != 1 or variant.precision != "tf32x3"
+    ],
+    ids=str,
+)
+def test_a_shipped_configuration_of_each_pressure(gpu_safety, monkeypatch, pressure, variant):
+    monkeypatch.setattr(launching, "architecture", lambda device: variant.arch)
+    monkeypatch.setattr(arguments, "_torch_rounds", lambda: variant.precision == "tf32")
+    d = WIDTHS[variant.tma]
+    weigh = variant.config("weigh", d, pressure)
+    # Multiples of 16: where edges are ragged even the lightest request gets a smaller tile.
+    n, m = weigh.block_m + 16, weigh.block_n + 32
+    name = ("CLIP", "SigLIP", "everything")[pressure]
+    case = request_case(name, n, m, d, variant.dtype, aligned=variant.tma)
+    if pressure == 1:
+        found = gpu_safety(lambda: sigmoid_and_gradients(case))
+        with use_backend("reference"):
+            assert_close(found, sigmoid_and_gradients(case, torch.float64), [0.0] * 5)
+    else:
+        found = gpu_safety(lambda: run_request(case, precision=variant.precision))
+        assert_like_float64(found, case)
+    used = {kernel: config for kernel, config in gpu_safety.launches if config is not None}
+    assert used["weigh_tiles"] == weigh
 
 
 @pytest.mark.parametrize(("budget", "dtype"), [(1, torch.float16), (100_000, torch.float32)])

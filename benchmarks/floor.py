@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +36,11 @@ class Floor:
     source: str
     rate_samples: tuple[float, ...]
     bandwidth_samples: tuple[float, ...]
+
+    @classmethod
+    def of(cls, rates: Sequence[float], bandwidths: Sequence[float], source: str) -> Floor:
+        """The medians of the samples."""
+        return cls(statistics.median(rates), statistics.median(bandwidths), source, tuple(rates), tuple(bandwidths))
 
     def seconds(self, work: Work) -> float:
         """No run of this work can be faster, whatever it overlaps."""
@@ -84,13 +89,7 @@ class FloorMeter:
         return 1e9 * float(torch.ops.pairtile.brgemm_rate(self._product_dtype, *tile, seconds))
 
     def floor(self) -> Floor:
-        return Floor(
-            flops_per_second=statistics.median(self._rates),
-            bytes_per_second=statistics.median(self._bandwidths),
-            source=self.source,
-            rate_samples=tuple(self._rates),
-            bandwidth_samples=tuple(self._bandwidths),
-        )
+        return Floor.of(self._rates, self._bandwidths, self.source)
 
 
 def _mm_rate(dtype: torch.dtype, seconds: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -159,13 +158,7 @@ class FloorMeter:
         self._bandwidths.append(self.device.copy_rate())
 
     def floor(self) -> Floor:
-        return Floor(
-            flops_per_second=statistics.median(self._rates),
-            bytes_per_second=statistics.median(self._bandwidths),
-            source=self.source,
-            rate_samples=tuple(self._rates),
-            bandwidth_samples=tuple(self._bandwidths),
-        )
+        return Floor.of(self._rates, self._bandwidths, self.source)
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def pick_config(
         arch: one of ARCHITECTURES.
         kernel: one of KERNELS.
         dtype: of the features.
-        width: D.
+        width: D; a narrow one is streamed in smaller chunks, which it fills.
         precision: for float32 features, one of PRECISIONS.
         columns: of the result, where they may be fewer than a tile has; the product's D.
         aligned: rows of the features start at multiples of 16 bytes. If not they are loaded element by element, whose
@@ -103,6 +103,8 @@ def pick_config(
         narrow = not on_tensor_cores or not aligned
         tile = (*_within(tile, 64, 32 if narrow else 64, 64)[:3], 8, tile[4])
     block_m, block_n, block_k, warps, stages = tile
+    while kernel != "product" and block_k >= 2 * max(width, 32):
+        block_k //= 2
     if columns is not None:
         while block_n >= 2 * max(columns, 64):
             block_n //= 2

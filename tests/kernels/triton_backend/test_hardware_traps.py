@@ -43,6 +43,14 @@ def test_a_negated_view_counts_as_its_values():
     torch.testing.assert_close(given, expected)
 
 
+def test_very_wide_features_of_16_bits():
+    x, y = (torch.nn.functional.normalize(torch.randn(n, 200_000), dim=1).half() for n in (4, 5))
+    with use_backend("triton"):
+        (given,), _ = similarity_reduce(x, y, scale=100.0, rows=[LogSumExp()])
+    expected = (100 * x.double() @ y.double().T).logsumexp(1)
+    torch.testing.assert_close(given.double(), expected, rtol=1e-5, atol=0)  # 200,000 float32 sums of products
+
+
 @pytest.mark.parametrize("columns", [3, 40 * 128])
 def test_infinite_scores_give_an_infinite_result(columns):
     x, y = torch.ones(2, 1), torch.ones(columns, 1)

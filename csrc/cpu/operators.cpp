@@ -122,10 +122,10 @@ variable_list refuse_second(variable_list gradients, const variable_list& inputs
 // Results, then statistics [2, owners] of each reduction (empty for pair scores), then the kept cosines.
 std::vector<Tensor> reduce_forward(const Tensor& x, const Tensor& y, const Tensor& scale, const OptionalTensor& bias,
                                    const OptionalTensor& row_bias, const OptionalTensor& col_bias,
-                                   at::IntArrayRef numbers, at::TensorList metadata, int64_t budget,
-                                   bool keep) {
+                                   at::IntArrayRef numbers, at::ArrayRef<double> factors, at::TensorList metadata,
+                                   int64_t budget, bool keep) {
   const Problem problem = make_problem(x, y, scale, bias, row_bias, col_bias, budget);
-  const Plan plan = decode_plan(numbers, metadata, problem.n, problem.m);
+  const Plan plan = decode_plan(numbers, factors, metadata, problem.n, problem.m);
   const Tiles tiles(problem);
   const bool dense = plan.first_dense() != nullptr;
   const int64_t chunks = keep && dense ? kept_chunks(problem, tiles) : 0;
@@ -169,11 +169,12 @@ std::vector<Tensor> reduce_forward(const Tensor& x, const Tensor& y, const Tenso
 // Gradients of x, y, scale, bias, row_bias and col_bias; empty where not needed.
 std::vector<Tensor> reduce_backward(const Tensor& x, const Tensor& y, const Tensor& scale, const OptionalTensor& bias,
                                     const OptionalTensor& row_bias, const OptionalTensor& col_bias,
-                                    at::IntArrayRef numbers, at::TensorList metadata, int64_t budget,
+                                    at::IntArrayRef numbers, at::ArrayRef<double> factors, at::TensorList metadata,
+                                    int64_t budget,
                                     at::TensorList statistics, const Tensor& kept,
                                     at::TensorList grads, std::array<bool, 6> wanted) {
   const Problem problem = make_problem(x, y, scale, bias, row_bias, col_bias, budget);
-  const Plan plan = decode_plan(numbers, metadata, problem.n, problem.m);
+  const Plan plan = decode_plan(numbers, factors, metadata, problem.n, problem.m);
   std::vector<Upstream> upstream(plan.reductions.size());
   for (size_t k = 0; k < upstream.size(); ++k) {
     upstream[k].coefficient = to_floats(grads[k]);
@@ -221,18 +222,19 @@ std::vector<bool> wanted_of(const AutogradContext* ctx, const variable_list& sav
 struct SimilarityReduce : torch::autograd::Function<SimilarityReduce> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, const Tensor& scale,
                                const OptionalTensor& bias, const OptionalTensor& row_bias,
-                               const OptionalTensor& col_bias, at::IntArrayRef plan, at::TensorList metadata,
-                               int64_t budget, bool keep) {
+                               const OptionalTensor& col_bias, at::IntArrayRef plan, at::ArrayRef<double> factors,
+                               at::TensorList metadata, int64_t budget, bool keep) {
     PAIRTILE_OPERATION(reduce_forward, "pairtile::similarity_reduce_forward");
     at::AutoDispatchBelowADInplaceOrView guard;
     variable_list outputs =
-        operation.call(x, y, scale, bias, row_bias, col_bias, plan, metadata, budget, keep);
+        operation.call(x, y, scale, bias, row_bias, col_bias, plan, factors, metadata, budget, keep);
     const size_t count = (outputs.size() - 1) / 2;
     variable_list saved{x, y, scale, bias.value_or(Tensor()), row_bias.value_or(Tensor()), col_bias.value_or(Tensor())};
     saved.insert(saved.end(), outputs.begin() + count, outputs.end());
     saved.insert(saved.end(), metadata.begin(), metadata.end());
     ctx->save_for_backward(saved);
     ctx->saved_data["plan"] = plan.vec();
+    ctx->saved_data["factors"] = factors.vec();
     ctx->saved_data["budget"] = budget;
     ctx->saved_data["count"] = static_cast<int64_t>(count);
     outputs.resize(count);
@@ -251,6 +253,7 @@ struct SimilarityReduce : torch::autograd::Function<SimilarityReduce> {
       std::copy(wanted.begin(), wanted.end(), six.begin());
       gradients = operation.call(saved[0], saved[1], saved[2], optional_of(saved[3]), optional_of(saved[4]),
                                  optional_of(saved[5]), ctx->saved_data["plan"].toIntVector(),
+                                 ctx->saved_data["factors"].toDoubleVector(),
                                  variable_list(kept + 1, saved.end()), ctx->saved_data["budget"].toInt(),
                                  variable_list(statistics, kept), *kept, grads, six);
     }
@@ -260,8 +263,8 @@ struct SimilarityReduce : torch::autograd::Function<SimilarityReduce> {
     variable_list inputs(saved.begin(), saved.begin() + 6);
     inputs.insert(inputs.end(), grads.begin(), grads.end());
     gradients = refuse_second(std::move(gradients), inputs);
-    // The tensors of the metadata count one by one; plan, budget and keep have no gradient either.
-    gradients.resize(6 + 1 + (saved.end() - kept - 1) + 2);
+    // The tensors of the metadata count one by one; plan, factors, budget and keep have none either.
+    gradients.resize(6 + 2 + (saved.end() - kept - 1) + 2);
     return gradients;
   }
 };
@@ -274,9 +277,10 @@ bool any_requires_grad(std::initializer_list<OptionalTensor> tensors) {
 
 std::vector<Tensor> similarity_reduce(const Tensor& x, const Tensor& y, const Tensor& scale, const OptionalTensor& bias,
                                       const OptionalTensor& row_bias, const OptionalTensor& col_bias,
-                                      at::IntArrayRef plan, at::TensorList metadata, int64_t budget) {
+                                      at::IntArrayRef plan, at::ArrayRef<double> factors, at::TensorList metadata,
+                                      int64_t budget) {
   const bool keep = any_requires_grad({x, y, scale, bias, row_bias, col_bias});
-  return SimilarityReduce::apply(x, y, scale, bias, row_bias, col_bias, plan, metadata, budget, keep);
+  return SimilarityReduce::apply(x, y, scale, bias, row_bias, col_bias, plan, factors, metadata, budget, keep);
 }
 
 // ---- cross_entropy_sum ------------------------------------------------------------------------------------------
@@ -459,13 +463,13 @@ Tensor sigmoid_sum(const Tensor& x, const Tensor& y, const Tensor& scale, const 
 TORCH_LIBRARY_FRAGMENT(pairtile, m) {
   m.def(
       "similarity_reduce(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? row_bias, Tensor? col_bias, "
-      "int[] plan, Tensor[] metadata, int budget) -> Tensor[]");
+      "int[] plan, float[] factors, Tensor[] metadata, int budget) -> Tensor[]");
   m.def(
       "similarity_reduce_forward(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? row_bias, Tensor? col_bias, "
-      "int[] plan, Tensor[] metadata, int budget, bool keep) -> Tensor[]");
+      "int[] plan, float[] factors, Tensor[] metadata, int budget, bool keep) -> Tensor[]");
   m.def(
       "similarity_reduce_backward(Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? row_bias, Tensor? col_bias, "
-      "int[] plan, Tensor[] metadata, int budget, Tensor[] statistics, Tensor kept, Tensor[] grads, bool[6] wanted) "
+      "int[] plan, float[] factors, Tensor[] metadata, int budget, Tensor[] statistics, Tensor kept, Tensor[] grads, bool[6] wanted) "
       "-> Tensor[]");
   m.def(
       "cross_entropy_sum(Tensor x, Tensor y, Tensor scale, Tensor? targets, int offset, float row_weight, "

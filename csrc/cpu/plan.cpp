@@ -23,6 +23,9 @@ class Reader {
     if (weights >= 0) {
       read.weights = data<float>(weights, at::kFloat, read.by_row ? m_ : n_);
     }
+    const int64_t of = next(), under = next();
+    next();
+    TORCH_CHECK(of < 0 && under < 0, "plan: the cpp backend has no teachers");
     for (int64_t k = 0; k < positive; ++k) {
       read.positive.push_back(rule(read.by_row));
     }
@@ -94,7 +97,7 @@ class Reader {
 
 }  // namespace
 
-Plan decode_plan(at::IntArrayRef numbers, at::TensorList tensors, int64_t n, int64_t m) {
+Plan decode_plan(at::IntArrayRef numbers, at::ArrayRef<double>, at::TensorList tensors, int64_t n, int64_t m) {
   Plan plan;
   Reader reader(numbers, tensors, n, m, plan);
   while (!reader.done()) {

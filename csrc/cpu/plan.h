@@ -60,6 +60,6 @@ struct Plan {
 };
 
 // Checks lengths and dtypes; n and m are the numbers of rows and columns.
-Plan decode_plan(at::IntArrayRef numbers, at::TensorList tensors, int64_t n, int64_t m);
+Plan decode_plan(at::IntArrayRef numbers, at::ArrayRef<double> factors, at::TensorList tensors, int64_t n, int64_t m);
 
 }  // namespace pairtile

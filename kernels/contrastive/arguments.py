@@ -14,9 +14,9 @@ GPU_MEMORY_BUDGET = 512 * 2**20
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_features(x: Tensor, y: Tensor) -> None:
+def check_features(x: Tensor, y: Tensor, x_name: str = "x", y_name: str = "y") -> None:
     """Both are [rows, features], of one width, on one device."""
-    for name, features in (("x", x), ("y", y)):
+    for name, features in ((x_name, x), (y_name, y)):
         if not isinstance(features, Tensor) or features.dtype not in FEATURE_DTYPES:
             given = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"{name} is {given}: expected a float16, bfloat16, float32 or float64 tensor")
@@ -24,11 +24,11 @@ def check_features(x: Tensor, y: Tensor) -> None:
             raise ValueError(f"{name} has shape {list(features.shape)}: expected two dimensions, [rows, features]")
     if x.shape[1] != y.shape[1]:
         raise ValueError(
-            f"x {list(x.shape)} and y {list(y.shape)} differ in their last dimension: both must be embeddings of "
+            f"{x_name} {list(x.shape)} and {y_name} {list(y.shape)} differ in their last dimension: both must be embeddings of "
             "one space"
         )
     if x.device != y.device:
-        raise ValueError(f"x is on {x.device}, y on {y.device}: move one of them")
+        raise ValueError(f"{x_name} is on {x.device}, {y_name} on {y.device}: move one of them")
 
 
 def factor(

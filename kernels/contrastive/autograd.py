@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .operands import Operands
-from .plan import Plan, decode, encode
-from .reductions import Reduction
+from .plan import Plan, decode, encode, result_count
+from .reductions import Chosen, Count, Served
 
 _OPERANDS = len(Operands._fields)
 
@@ -23,9 +23,10 @@ class Settings(NamedTuple):
     precision: str = "ieee"
 
 
-#: (operands, plan, settings) -> (results, what the backward needs to know of each).
+#: (operands, plan, settings) -> (results, what the backward needs to know of each reduction).
 Forward = Callable[[Operands, Plan, Settings], tuple[list[Tensor], list[list[Tensor]]]]
-#: (operands, plan, saved, upstream gradients, settings, which are needed) -> gradients of the operands.
+#: (operands, plan, saved, upstream gradients, settings, which are needed) -> gradients of the operands. Results that
+#: have no gradient (`Count`, and both of `Chosen`) have an upstream gradient too, which means nothing.
 Backward = Callable[[Operands, Plan, list[Tensor], list[Tensor], Settings, list[bool]], list[Tensor | None]]
 
 
@@ -38,31 +39,43 @@ class Sweeps(NamedTuple):
 
 
 class _SimilarityReduce(torch.autograd.Function):
-    """Takes the operands, the sweeps, the plan's numbers, the settings, and the plan's tensors."""
+    """Takes the operands, the sweeps, the plan's numbers and factors, the settings, and the plan's tensors."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         operands = Operands(*arguments[:_OPERANDS])
-        sweeps, numbers, settings, *metadata = arguments[_OPERANDS:]
-        results, statistics = sweeps.forward(operands, decode(numbers, metadata), settings)
+        sweeps, numbers, factors, settings, *metadata = arguments[_OPERANDS:]
+        plan = decode(numbers, factors, metadata)
+        results, statistics = sweeps.forward(operands, plan, settings)
         # Saved like the operands, so that torch notices when one is written to before the backward.
         ctx.save_for_backward(*operands, *metadata, *(tensor for each in statistics for tensor in each))
-        ctx.request = sweeps, numbers, settings, len(metadata)
+        ctx.request = sweeps, numbers, factors, settings, len(metadata)
+        ctx.mark_non_differentiable(*without_gradient(plan, results))
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        sweeps, numbers, settings, count = ctx.request
+        sweeps, numbers, factors, settings, count = ctx.request
         # Unpacked once: under activation checkpointing each access would ask for the forward again.
         saved = list(ctx.saved_tensors)
         operands, metadata, statistics = saved[:_OPERANDS], saved[_OPERANDS:][:count], saved[_OPERANDS + count :]
         needed = list(ctx.needs_input_grad[:_OPERANDS])
-        plan = decode(numbers, metadata)
+        plan = decode(numbers, factors, metadata)
         with torch.no_grad(), torch.autocast(operands[0].device.type, enabled=False):
             results = sweeps.backward(Operands(*operands), plan, statistics, list(grads), settings, needed)
         if torch.is_grad_enabled():
             results = DifferentiatedOnce.apply(sweeps.name, *results, *operands, *grads)
-        return *results, None, None, None, *[None] * count
+        return *results, None, None, None, None, *[None] * count
+
+
+def without_gradient(plan: Plan, results: list[Tensor]) -> list[Tensor]:
+    """Those of a plan's results that no gradient comes back from."""
+    found: list[Tensor] = []
+    remaining = iter(results)
+    for _, reduction in plan:
+        mine = [next(remaining) for _ in range(result_count(reduction))]
+        found += mine if isinstance(reduction, (Count, Chosen)) else []
+    return found
 
 
 class DifferentiatedOnce(torch.autograd.Function):
@@ -84,11 +97,11 @@ class DifferentiatedOnce(torch.autograd.Function):
 def differentiable(
     sweeps: Sweeps,
     operands: Operands,
-    rows: tuple[Reduction, ...],
-    cols: tuple[Reduction, ...],
+    rows: tuple[Served, ...],
+    cols: tuple[Served, ...],
     settings: Settings,
 ) -> tuple[Tensor, ...]:
     """Row results, then column results, from the sweeps of a backend."""
-    numbers, metadata = encode(rows, cols)
-    results: tuple[Tensor, ...] = _SimilarityReduce.apply(*operands, sweeps, numbers, settings, *metadata)
+    numbers, factors, metadata = encode(rows, cols)
+    results: tuple[Tensor, ...] = _SimilarityReduce.apply(*operands, sweeps, numbers, factors, settings, *metadata)
     return results

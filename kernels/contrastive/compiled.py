@@ -15,13 +15,13 @@ from torch import Tensor
 from . import torch_backend, triton_backend
 from .autograd import Settings, Sweeps
 from .operands import Operands, exact_dtype, pair_scores
-from .plan import decode, encode
-from .reductions import Diagonal, PairScore, Reduction, Target
+from .plan import decode, encode, result_count
+from .reductions import Chosen, Diagonal, PairScore, Served, Target
 from .torch_reductions import STATISTICS
 
 # Every operator below takes the operands first; what follows them is named by its schema.
 _OPERANDS = "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? row_bias, Tensor? col_bias"
-_REQUEST = f"{_OPERANDS}, int[] numbers, Tensor[] metadata, int budget"
+_REQUEST = f"{_OPERANDS}, int[] numbers, float[] factors, Tensor[] metadata, int budget"
 _COUNT = len(Operands._fields)
 
 
@@ -30,10 +30,20 @@ def _split(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _fake_forward(*arguments: Any) -> list[Tensor]:
-    operands, numbers, metadata, *_ = _split(arguments)
-    plan = decode(numbers, metadata)
+    operands, numbers, factors, metadata, *_ = _split(arguments)
+    plan = decode(numbers, factors, metadata)
+    results = [each for dim, reduction in plan for each in empty_results(operands, dim, reduction)]
     kept = [dim for dim, each in plan for _ in range(STATISTICS[type(each)])]
-    return [operands.scale.new_empty(operands.length(dim)) for dim in [*(dim for dim, _ in plan), *kept]]
+    return [*results, *(operands.scale.new_empty(operands.length(dim)) for dim in kept)]
+
+
+def empty_results(operands: Operands, dim: int, reduction: Served) -> list[Tensor]:
+    """Results of one reduction, unfilled: what a backend's results look like."""
+    owners = operands.length(dim)
+    if isinstance(reduction, Chosen):
+        scores = operands.scale.new_empty(owners, reduction.k)
+        return [scores, scores.new_empty(scores.shape, dtype=torch.int64)]
+    return [operands.scale.new_empty(owners)]
 
 
 def _fake_backward(*arguments: Any) -> list[Tensor]:
@@ -46,9 +56,9 @@ def _fake_backward(*arguments: Any) -> list[Tensor]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    operands, numbers, metadata, budget, precision = _split(inputs)
-    results = len(decode(numbers, metadata))
-    ctx.request = numbers, budget, precision, len(metadata), results
+    operands, numbers, factors, metadata, budget, precision = _split(inputs)
+    results = sum(result_count(each) for _, each in decode(numbers, factors, metadata))
+    ctx.request = numbers, factors, budget, precision, len(metadata), results
     ctx.save_for_backward(*operands, *metadata, *output[results:])
 
 
@@ -62,27 +72,29 @@ def _define_operators(sweeps: Sweeps) -> Any:
     """`<name>_similarity_reduce` and its backward."""
 
     def forward(*arguments: Any) -> list[Tensor]:
-        operands, numbers, metadata, budget, precision = _split(arguments)
-        results, statistics = sweeps.forward(operands, decode(numbers, metadata), Settings(budget, precision))
+        operands, numbers, factors, metadata, budget, precision = _split(arguments)
+        plan = decode(numbers, factors, metadata)
+        results, statistics = sweeps.forward(operands, plan, Settings(budget, precision))
         return [*results, *(tensor for each in statistics for tensor in each)]
 
     def backward(*arguments: Any) -> list[Tensor]:
-        operands, numbers, metadata, budget, precision, saved, grads, needed = _split(arguments)
-        settings = Settings(budget, precision)
+        operands, numbers, factors, metadata, budget, precision, saved, grads, needed = _split(arguments)
+        plan, settings = decode(numbers, factors, metadata), Settings(budget, precision)
         with torch.autocast(operands.x.device.type, enabled=False):  # who calls backward may have it on
-            results = sweeps.backward(operands, decode(numbers, metadata), saved, grads, settings, needed)
+            results = sweeps.backward(operands, plan, saved, grads, settings, needed)
         # contiguous, as the fake says: inductor compiles for these strides
         return [operands.scale.new_empty(0) if each is None else each.contiguous() for each in results]
 
     def differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-        numbers, budget, precision, count, results = ctx.request
+        numbers, factors, budget, precision, count, results = ctx.request
         saved = list(ctx.saved_tensors)
         operands, metadata, statistics = saved[:_COUNT], saved[_COUNT:][:count], saved[_COUNT + count :]
         needed = list(ctx.needs_input_grad[:_COUNT])
-        request = (*operands, numbers, metadata, budget, precision)
+        request = (*operands, numbers, factors, metadata, budget, precision)
         found = backward_op(*request, statistics, grads[:results], needed)
         gradients = (each if wanted else None for each, wanted in zip(found, needed, strict=True))
-        return *gradients, None, [None] * count, None, None
+        # An empty list counts as one of tensors, each with a gradient of its own.
+        return *gradients, None, None if factors else [], [None] * count, None, None
 
     name = f"{sweeps.name}_similarity_reduce"
     forward_op = _define(name, forward, _fake_forward, f"({_REQUEST}, str precision) -> Tensor[]")
@@ -98,25 +110,25 @@ _OPERATORS = {sweeps.name: _define_operators(sweeps) for sweeps in (torch_backen
 def similarity_reduce(
     backend: str,
     operands: Operands,
-    rows: tuple[Reduction, ...],
-    cols: tuple[Reduction, ...],
+    rows: tuple[Served, ...],
+    cols: tuple[Served, ...],
     settings: Settings,
 ) -> tuple[Tensor, ...]:
     """As `autograd.differentiable` with the sweeps of "torch" or "triton", for code that torch.compile traces."""
     results = _OPERATORS[backend](*operands, *encode(rows, cols), *settings)
-    return tuple(results[: len(rows) + len(cols)])
+    return tuple(results[: sum(result_count(each) for each in (*rows, *cols))])
 
 
 def _pair_scores(*arguments: Any) -> Tensor:
-    operands, numbers, metadata, budget, missing = _split(arguments)
-    ((dim, reduction),) = decode(numbers, metadata)
+    operands, numbers, factors, metadata, budget, missing = _split(arguments)
+    ((dim, reduction),) = decode(numbers, factors, metadata)
     assert isinstance(reduction, PairScore)
     return pair_scores(operands, reduction.pair, dim, budget, missing)
 
 
 def _fake_pair_scores(*arguments: Any) -> Tensor:
-    operands, numbers, metadata, *_ = _split(arguments)
-    ((dim, _),) = decode(numbers, metadata)
+    operands, numbers, factors, metadata, *_ = _split(arguments)
+    ((dim, _),) = decode(numbers, factors, metadata)
     device = operands.x.device
     return torch.empty(operands.length(dim), dtype=exact_dtype(device), device=device)
 

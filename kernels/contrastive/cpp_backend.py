@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .operands import Operands
 from .plan import decode, encode
-from .reductions import PairScore, Reduction
+from .reductions import PairScore, Served
 
 # As in csrc/cpu/problem.cpp; a test compares the two.
 _TILE_ROWS, _LEAST_ROWS = 256, 32
@@ -27,13 +27,13 @@ def similarity_reduce(
     bias: Tensor | None,
     row_bias: Tensor | None,
     col_bias: Tensor | None,
-    rows: tuple[Reduction, ...],
-    cols: tuple[Reduction, ...],
+    rows: tuple[Served, ...],
+    cols: tuple[Served, ...],
     budget: int,
 ) -> tuple[Tensor, ...]:
     """Row results, then column results; features float32, float16 or bfloat16, the rest float32, all on the CPU."""
-    numbers, metadata = encode(rows, cols)
-    return tuple(torch.ops.pairtile.similarity_reduce(x, y, scale, bias, row_bias, col_bias, numbers, metadata, budget))
+    request = encode(rows, cols)
+    return tuple(torch.ops.pairtile.similarity_reduce(x, y, scale, bias, row_bias, col_bias, *request, budget))
 
 
 @functools.cache  # a second registration is an error
@@ -79,9 +79,9 @@ def _gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool], like: Tens
 
 def _reduce_forward(*arguments: Any) -> list[Tensor]:
     operands = Operands(*arguments[:6])
-    numbers, metadata, budget, keep = arguments[6:]
+    numbers, factors, metadata, budget, keep = arguments[6:]
     x, y = operands.x, operands.y
-    plan = decode(numbers, metadata)
+    plan = decode(numbers, factors, metadata)
     results = [x.new_empty(operands.length(dim), dtype=torch.float32) for dim, _ in plan]
     dense = [not isinstance(each, PairScore) for _, each in plan]
     known = [_statistics(x, operands.length(dim) if looks else 0) for (dim, _), looks in zip(plan, dense, strict=True)]

@@ -13,6 +13,7 @@ from .arguments import DEFAULT_MEMORY_BUDGET as DEFAULT_MEMORY_BUDGET
 from .arguments import FEATURE_DTYPES as FEATURE_DTYPES
 from .arguments import check_features, checked_budget, checked_precision, factor, vector
 from .autograd import Settings, differentiable
+from .chosen import with_chosen_gradients
 from .operands import Operands
 from .reductions import Reduction
 from .request import Request
@@ -48,8 +49,8 @@ def similarity_reduce(
         bias: a float, or a tensor of shape [] or [1].
         row_bias: None or a float tensor [N].
         col_bias: None or a float tensor [M].
-        rows: reductions over j, one result of shape [N] each.
-        cols: reductions over i, one result of shape [M] each.
+        rows: reductions over j, one result of shape [N] each ([N, k] for `TopK` and `ArgTopK`).
+        cols: reductions over i, one result of shape [M] each ([M, k]).
         precision: how float32 features are multiplied. "ieee": in float32, and an error where that cannot be had; on
             the `triton` backend also "tf32" and "tf32x3" (three products of rounded halves, about as exact as
             float32). None: "ieee", unless `torch.set_float32_matmul_precision` allows the backend's products more.
@@ -60,7 +61,7 @@ def similarity_reduce(
 
     Returns:
         (row results, column results), each a tuple in the order asked for; float32, or float64 for float64
-        inputs.
+        inputs; indices int64.
 
     Raises:
         ValueError: shapes, lengths, dtypes or devices that do not fit, a target that is no column (on CPU; a
@@ -119,11 +120,13 @@ def _serve(
     if operands.x.dtype == torch.float64 and backend in ("cpp", "triton"):
         backend = "torch"
     if backend == "reference":
-        results = reference.similarity_reduce(*operands, of_rows, of_cols, settings.budget)
+        results = reference.similarity_reduce(*operands, of_rows.served, of_cols.served, settings.budget)
     elif backend == "cpp":
-        results = cpp_backend.similarity_reduce(*operands, of_rows, of_cols, settings.budget)
+        results = cpp_backend.similarity_reduce(*operands, of_rows.served, of_cols.served, settings.budget)
     elif torch.compiler.is_compiling():
-        results = compiled.similarity_reduce(backend, operands, of_rows, of_cols, settings)
+        results = compiled.similarity_reduce(backend, operands, of_rows.served, of_cols.served, settings)
     else:
-        results = differentiable(_SWEEPS[backend], operands, of_rows, of_cols, settings)
-    return results[: len(of_rows)], results[len(of_rows) :]
+        results = differentiable(_SWEEPS[backend], operands, of_rows.served, of_cols.served, settings)
+    if backend != "reference" and (of_rows.makers or of_cols.makers):
+        results = with_chosen_gradients(results, operands, of_rows.served, of_cols.served, settings.budget)
+    return of_rows.assemble(results[: of_rows.results]), of_cols.assemble(results[of_rows.results :])

@@ -12,13 +12,20 @@ from torch import Tensor
 from pairtile.kernels import (
     AbovePositive,
     ColumnRange,
+    CountAbove,
     Diagonal,
     DifferentId,
+    HingeSum,
     LogSumExp,
+    Max,
+    Paced,
     PairScore,
     SameId,
+    SoftmaxMean,
     SoftplusSum,
     Target,
+    Teacher,
+    TopK,
     similarity_reduce,
     use_backend,
 )
@@ -40,7 +47,8 @@ class Case:
         return [None if each is None else each.to(dtype) for each in self.operands]
 
 
-def random_case(seed: int) -> Case:
+def random_case(seed: int, richer: bool = False) -> Case:
+    """`richer`: every reduction there is, where otherwise the three of the plain losses are."""
     choose = random.Random(seed)
     torch.manual_seed(seed)
     n, m = (choose.choice([0, 1, 1, 2, 3, 7, 16, 17, 33, 64, 65, 101, 130]) for _ in range(2))
@@ -61,12 +69,16 @@ def random_case(seed: int) -> Case:
         ],
         budget=choose.choice([None, None, 1, 20_000]),
     )
-    makers = Makers(choose, case)
+    makers = RicherMakers(choose, case) if richer else Makers(choose, case)
     case.rows = [makers.reduction(1) for _ in range(choose.choice([1, 1, 2, 3]))]
     case.cols = [makers.reduction(0) for _ in range(choose.choice([0, 1, 1, 2]))]
     # So that no gradient leaves the range of float16.
     amplitude = min(1.0, 100 / abs(size))
-    case.upstream = [amplitude * torch.randn(n) for _ in case.rows] + [amplitude * torch.randn(m) for _ in case.cols]
+    case.upstream = [
+        amplitude * torch.randn(owners, *([each.k] if isinstance(each, TopK) else []))
+        for owners, reductions in ((n, case.rows), (m, case.cols))
+        for each in reductions
+    ]
     return case
 
 
@@ -149,6 +161,68 @@ class Makers:
             if not (gaps < 1e-5 * spread).any():
                 return AbovePositive(margin, pair)
         return None
+
+
+class RicherMakers(Makers):
+    """Makers of every reduction."""
+
+    def __init__(self, choose: random.Random, case: Case) -> None:
+        super().__init__(choose, case)
+        dtype = case.operands[0].dtype
+        self.teachers = []
+        for _ in range(2):
+            x, y = random_features(choose, self.n, self.m, choose.choice([1, 5, 16, 70]))
+            scale = choose.choice([1.0, 14.3, 100.0]) * (torch.rand(self.n) + 0.5 if choose.random() < 0.2 else 1.0)
+            self.teachers.append(Teacher(x.to(dtype), y.to(dtype), scale))
+        scores = dense_scores(case, torch.float64)
+        self.spread = max(1.0, float(scores.abs().max())) if scores.numel() else 1.0
+
+    def reduction(self, dim: int):
+        kind = self.choose.choice(["plain", "mean", "mean", "mean", "taught", "paced", "hinge", "count", "top", "max"])
+        weights = None
+        if self.choose.random() < 0.25:
+            weights = torch.rand(self.m if dim == 1 else self.n)
+            weights[::3] = 0
+        match kind:
+            case "mean":
+                of, under = (self.choose.choice([None, None, *self.teachers]) for _ in range(2))
+                return SoftmaxMean(of, under, self.choose.choice([1.0, 1.0, 2.0, -0.5]), self.rules(dim), weights)
+            case "taught":
+                return LogSumExp(self.rules(dim), weights, self.choose.choice(self.teachers))
+            case "paced":
+                gain, margin = self.choose.uniform(1, 50) / self.spread**2, self.choose.uniform(0, 1) * self.spread
+                circle = [Paced(gain, 1, margin, margin), Paced(-gain, -1, self.spread + margin, self.spread - margin)]
+                return LogSumExp(self.rules(dim), weights, self.choose.choice(circle))
+            case "hinge" | "count":
+                above = self.above(dim)
+                if above is not None:
+                    asked = (above.pair, self.rules(dim), weights)
+                    return HingeSum(-above.margin, *asked) if kind == "hinge" else CountAbove(above.margin, *asked)
+            case "top" | "max":
+                k = 1 if kind == "max" else self.choose.choice([1, 2, 5, 40])
+                exclude, of = self.rules(dim), self.choose.choice([None, None, self.teachers[0]])
+                if self.distinct(k, exclude, of, dim):
+                    return Max(exclude, of) if kind == "max" else TopK(k, exclude, of)
+        return super().reduction(dim)
+
+    def distinct(self, k: int, exclude, of: Teacher | None, dim: int) -> bool:
+        """Whether no two of the k + 1 largest are so close that rounding decides which comes first."""
+        x, y, scale, *biases = self.case.to(torch.float64)
+        asked = [TopK(k + 1, exclude, of)]
+        with use_backend("reference"):
+            found = similarity_reduce(
+                x,
+                y,
+                scale=scale,
+                bias=0.0 if biases[0] is None else biases[0],
+                row_bias=biases[1],
+                col_bias=biases[2],
+                **({"rows": asked} if dim == 1 else {"cols": asked}),
+            )
+        (scores,) = found[1 - dim]
+        gaps = (scores[:, :-1] - scores[:, 1:]).nan_to_num(torch.inf)  # -inf, where there is no pair
+        size = self.spread if of is None else 150.0
+        return not (gaps < 1e-5 * size).any()
 
 
 def dense_scores(case: Case, dtype: torch.dtype) -> Tensor:

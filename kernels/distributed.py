@@ -142,6 +142,13 @@ def _description(tensor: Tensor | None) -> tuple[int, int, int, int]:
     return tensor.shape[0], tensor.shape[1], FEATURE_DTYPES.index(tensor.dtype), int(tensor.requires_grad)
 
 
+def gather_ids(ids: Tensor, shards: Shards) -> Tensor:
+    """All ranks' ids: int64 [n_r] -> [N_global], in rank order, of the rows that `shards` describes."""
+    if shards.group is None:
+        return ids
+    return _all_gather(ids.unsqueeze(1), shards).squeeze(1)
+
+
 def gather_counts(count: int, *, device: torch.device, group: dist.ProcessGroup | None) -> Shards:
     """`Shards` of rows that stay where they are, of which the other ranks learn the number alone."""
     if group is None:

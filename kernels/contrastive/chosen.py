@@ -48,7 +48,8 @@ class _ChosenScores(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        scores, indices, *ctx.request = arguments[_COUNT:]
+        scores: Tensor = arguments[_COUNT]
+        indices, *ctx.request = arguments[_COUNT + 1 :]
         ctx.save_for_backward(*arguments[:_COUNT], indices)
         return scores.clone()
 

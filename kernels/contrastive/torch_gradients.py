@@ -65,9 +65,9 @@ class _SoftmaxMean(_Dense):
 
     def __init__(self, reduction: SoftmaxMean, dim: int, grad: Tensor, statistics: list[Tensor]) -> None:
         self.pairs, self.reduction = Pairs(reduction, dim), reduction
-        self.looks_at = compared(reduction) | {reduction.under}
+        self.looks_at: set[Teacher | None] = {*compared(reduction), reduction.under}
         if reduction.under is None:
-            self.looks_at |= {reduction.of}
+            self.looks_at.add(reduction.of)
         self.shift, total, self.mean = statistics
         self.coefficient = (grad / total).masked_fill_(total == 0, 0)
 

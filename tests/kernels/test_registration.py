@@ -10,17 +10,24 @@ from torch.utils.checkpoint import checkpoint
 from pairtile.kernels import (
     AbovePositive,
     ColumnRange,
+    CountAbove,
     Diagonal,
+    HingeSum,
     LogSumExp,
+    Max,
+    Paced,
     PairScore,
     SameId,
+    SoftmaxMean,
     SoftplusSum,
     Target,
+    Teacher,
+    TopK,
     similarity_reduce,
 )
 from pairtile.kernels.contrastive import compiled
 from pairtile.kernels.contrastive.plan import encode
-from pairtile.kernels.contrastive.reductions import Above
+from pairtile.kernels.contrastive.reductions import Above, Chosen, Count, Hinge
 
 
 def every_reduction(offset: int) -> tuple:
@@ -29,12 +36,29 @@ def every_reduction(offset: int) -> tuple:
 
 
 def request_with_everything(n, m):
-    """Reductions, rules, weights and biases of all kinds, as an operator takes them, in float32."""
+    """Reductions, teachers, rules, weights and biases of all kinds, as an operator takes them, in float32."""
     ids, weights = SameId(torch.arange(n) // 2, torch.arange(m) // 2), torch.rand(m)
     above = Above(torch.zeros(n), Diagonal())
-    rows = (*every_reduction(-2), LogSumExp((ids, above), weights), SoftplusSum(ids, ColumnRange(1, 2)))
+    teacher = Teacher(torch.randn(n, 3), torch.randn(m, 3), torch.rand(n))
+    rows = (
+        *every_reduction(-2),
+        LogSumExp((ids, above), weights),
+        SoftplusSum(ids, ColumnRange(1, 2)),
+        SoftmaxMean(teacher, None, 2.0, (ids, above), weights),
+        Hinge(torch.zeros(n), ids, weights),
+        Chosen(2, ids),
+    )
+    cols = (
+        *every_reduction(1),
+        LogSumExp(of=teacher),
+        LogSumExp(of=Paced(2.0, -1.0, 1.25, 0.75)),
+        SoftmaxMean(),
+        SoftmaxMean(under=teacher),
+        Count(torch.zeros(m)),
+        Chosen(9, of=teacher),
+    )
     leaves = [torch.randn(n, 4), torch.randn(m, 4), torch.rand(n), torch.rand(()), torch.randn(n), torch.randn(m)]
-    return [leaf.requires_grad_() for leaf in leaves], encode(rows, every_reduction(1))
+    return [leaf.requires_grad_() for leaf in leaves], encode(rows, cols)
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
@@ -47,6 +71,14 @@ def test_the_operators_for_torch_compile_are_registered_right(name, everything):
         leaves[2:] = [torch.tensor(2.0, requires_grad=True), None, None, None]
         request = encode((LogSumExp(Diagonal()), PairScore()), ())
     torch.library.opcheck(compiled._OPERATORS[name], (*leaves, *request, 1000, "ieee"))
+
+
+@pytest.mark.parametrize("dim", [1, 0])
+def test_the_gradient_of_the_largest_is_registered_right(dim):
+    leaves, _ = request_with_everything(7, 5)
+    indices = torch.randint(-1, 5, (7 if dim == 1 else 5, 3))
+    arguments = (*leaves, torch.randn(indices.shape), indices, dim, 1000, "torch")
+    torch.library.opcheck(torch.ops.pairtile.chosen_scores.default, arguments)
 
 
 @pytest.mark.parametrize("budget", [20_000, 64 << 20])  # some and all cosines kept for the backward
@@ -82,6 +114,7 @@ def test_what_is_kept_is_foretold_at_any_size(cpp, budget):
 def training_step(x, y, scale, row_bias, ids, targets):
     """Every kind of reduction and rule, traced together with what is around it."""
     n = x.shape[0]
+    teacher = Teacher(x.detach()[:, :3], y.detach()[:, 2:], 3.0)
     rows, cols = similarity_reduce(
         F.normalize(x, dim=-1),
         F.normalize(y, dim=-1),
@@ -91,8 +124,20 @@ def training_step(x, y, scale, row_bias, ids, targets):
             LogSumExp((SameId(ids, ids), AbovePositive(0.1))),
             PairScore(Target(targets)),
             LogSumExp(Target(targets)),
+            SoftmaxMean(under=teacher, exclude=SameId(ids, ids)),
+            HingeSum(0.3, Target(targets)),
+            TopK(3, Target(targets)),
+            Max(of=teacher),
         ],
-        cols=[SoftplusSum(AbovePositive(-0.1), ColumnRange(0, 2)), LogSumExp(weights=row_bias.detach().abs())],
+        cols=[
+            SoftplusSum(AbovePositive(-0.1), ColumnRange(0, 2)),
+            LogSumExp(weights=row_bias.detach().abs()),
+            LogSumExp(of=Paced(2.0, 1.0, 0.25, 0.25)),
+            LogSumExp(of=teacher),
+            SoftmaxMean(teacher),
+            CountAbove(0.1),
+            TopK(20, Diagonal()),
+        ],
     )
     return sum(each.masked_fill(each.isinf(), 0).sum() for each in (*rows, *cols)) / n
 

@@ -113,7 +113,8 @@ class DecoupledContrastiveLoss(TwoDirectionLoss):
         logits = torch.linalg.vecdot(x.to(dtype), y.to(dtype)) / self.sigma
         shards, (everyone,) = gather(logits.unsqueeze(1), group=batch.group)
         log_mean = torch.logsumexp(everyone, 0) - math.log(max(1, shards.total))
-        return 2 - (logits - log_mean).exp()
+        weights: Tensor = 2 - (logits - log_mean).exp()
+        return weights
 
 
 def _ask(view: View) -> tuple[Reduction, ...]:

@@ -39,12 +39,14 @@ class View:
     @property
     def same(self) -> SameId:
         """The pairs whose ids are equal."""
-        assert self.x_ids is not None and self.y_ids is not None
+        assert self.x_ids is not None
+        assert self.y_ids is not None
         return SameId(self.x_ids, self.y_ids)
 
     @property
     def different(self) -> DifferentId:
-        assert self.x_ids is not None and self.y_ids is not None
+        assert self.x_ids is not None
+        assert self.y_ids is not None
         return DifferentId(self.x_ids, self.y_ids)
 
 
@@ -92,7 +94,7 @@ class PairBatch:
     """Pairs (x_i, y_i), spread over the ranks of a group, and the reductions of their similarity.
 
     Args:
-        x, y: the two modalities, aligned by position.
+        x, y: the two modalities, aligned by position; or, for a loss that finds its pairs by id alone, of any lengths.
         group: as `ContrastiveLoss._group()` gives it; None for one rank.
         teacher_scales: of each teacher, a float or a tensor of shape [] or [1].
         x_extra, y_extra: candidates without a partner, of which each rank passes its own: more rows in the reductions
@@ -106,22 +108,29 @@ class PairBatch:
     x_extra: Side | None = None
     y_extra: Side | None = None
     shards: Shards = field(init=False)
+    y_shards: Shards = field(init=False)
 
     def __post_init__(self) -> None:
         self._whole: tuple[Side, Side] | None = None
         self.shards = Shards((self.x.features.shape[0],))
+        self.y_shards = Shards((self.y.features.shape[0],))
         if self.group is not None:
             self._gather_both()
 
     def _gather_both(self) -> None:
         # In one order on every rank, whatever is asked for later.
         self.shards, x = self.x.gathered(self.group)
-        _, y = self.y.gathered(self.group)
+        self.y_shards, y = self.y.gathered(self.group)
         self._whole = x, y
         for name in ("x_extra", "y_extra"):
             extra = getattr(self, name)
             if extra is not None:
                 setattr(self, name, extra.gathered(self.group)[1])
+
+    @property
+    def whole(self) -> tuple[Side, Side]:
+        """x and y of all ranks, with the exact gradient; without the extra candidates."""
+        return self._whole or (self.x, self.y)
 
     def reduce(
         self,
@@ -138,7 +147,8 @@ class PairBatch:
         Args:
             scale, bias, memory_budget: as in `similarity_reduce`.
             rows, cols: what to ask; None: nothing of that direction.
-            biases: row_bias, col_bias; on one rank without extra candidates only.
+            biases: row_bias, col_bias, one for each of this rank's x or y; on several ranks row_bias with `rows` alone,
+                col_bias with `cols` alone; none with extra candidates.
 
         Returns:
             (row results, column results) of this rank's owners alone, each as asked for.
@@ -152,7 +162,7 @@ class PairBatch:
             view = self._view(x, y, 0, Diagonal())
             of_rows, of_cols = _reduced(view, rows, cols, given)
             return _first(of_rows, n), _first(of_cols, self.y.features.shape[0])
-        all_x, all_y = self._whole or (self.x, self.y)
+        all_x, all_y = self.whole
         start = self.shards.start
         of_rows = of_cols = ()
         if rows is not None:

@@ -10,6 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..contrastive import Diagonal, DifferentId, Reduction, SameId, Teacher, similarity_reduce
+from ..contrastive.arguments import DEFAULT_MEMORY_BUDGET, factor
+from ..contrastive.compiled import traced_pair_scores
+from ..contrastive.operands import Operands, pair_scores
 from ..distributed import Shards, gather, gather_ids
 
 
@@ -50,6 +53,8 @@ class View:
 
 #: What a loss asks of one direction of a view.
 Ask = Callable[[View], Sequence[Reduction]]
+#: Row bias and column bias of a view.
+Biases = Callable[[View], tuple[Tensor, Tensor]]
 
 
 @dataclass(eq=False)
@@ -123,6 +128,11 @@ class PairBatch:
             if extra is not None:
                 setattr(self, name, extra.gathered(self.group)[1])
 
+    @property
+    def whole(self) -> tuple[Side, Side]:
+        """Both modalities of the whole batch, without extra candidates."""
+        return self._whole or (self.x, self.y)
+
     def reduce(
         self,
         *,
@@ -131,6 +141,7 @@ class PairBatch:
         rows: Ask | None = None,
         cols: Ask | None = None,
         memory_budget: int | None = None,
+        biases_of: Biases | None = None,
         **biases: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Reductions of S = scale x y^T + bias: of this rank's rows over all columns, and of its columns over all rows.
@@ -138,6 +149,7 @@ class PairBatch:
         Args:
             scale, bias, memory_budget: as in `similarity_reduce`.
             rows, cols: what to ask; None: nothing of that direction.
+            biases_of: row and column bias as a function of a view's features, on any number of ranks.
             biases: row_bias, col_bias; on one rank without extra candidates only.
 
         Returns:
@@ -150,18 +162,39 @@ class PairBatch:
             x = self.x.with_extra(self.x_extra if cols is not None else None)
             y = self.y.with_extra(self.y_extra if rows is not None else None)
             view = self._view(x, y, 0, Diagonal())
-            of_rows, of_cols = _reduced(view, rows, cols, given)
+            of_rows, of_cols = _reduced(view, rows, cols, given, biases_of)
             return _first(of_rows, n), _first(of_cols, self.y.features.shape[0])
-        all_x, all_y = self._whole or (self.x, self.y)
+        all_x, all_y = self.whole
         start = self.shards.start
         of_rows = of_cols = ()
         if rows is not None:
             view = self._view(self.x, all_y.with_extra(self.y_extra), start, Diagonal(start))
-            of_rows, _ = _reduced(view, rows, None, given)
+            of_rows, _ = _reduced(view, rows, None, given, biases_of)
         if cols is not None:
             view = self._view(all_x.with_extra(self.x_extra), self.y, start, Diagonal(-start))
-            _, of_cols = _reduced(view, None, cols, given)
+            _, of_cols = _reduced(view, None, cols, given, biases_of)
         return of_rows, of_cols
+
+    def teacher_scores(self) -> list[Tensor]:
+        """T_ii of this rank's pairs by each teacher, [n], as exact as `PairScore`; no gradient."""
+        narrow = torch.promote_types(self.x.features.dtype, self.y.features.dtype)
+        dtype, device = torch.promote_types(narrow, torch.float32), self.x.features.device
+        scores = traced_pair_scores if torch.compiler.is_compiling() else pair_scores
+        found = []
+        for x, y, scale in zip(self.x.taught, self.y.taught, self.teacher_scales, strict=True):
+            # In the dtype of the features, as the sweep multiplies them.
+            multiplied = factor(scale, "the teacher's logit scale", dtype, device)
+            operands = Operands(x.to(narrow), y.to(narrow), multiplied, None, None, None).detached()
+            found.append(scores(operands, Diagonal(), 1, DEFAULT_MEMORY_BUDGET, -torch.inf).to(dtype))
+        return found
+
+    def positives(self) -> Tensor:
+        """[n], float: how many pairs of the whole batch have the id of this rank's pair, itself included."""
+        x, _ = self.whole
+        assert self.x.ids is not None and x.ids is not None
+        everyone = x.ids.sort().values
+        counts = torch.searchsorted(everyone, self.x.ids, right=True) - torch.searchsorted(everyone, self.x.ids)
+        return counts.to(torch.promote_types(self.x.features.dtype, torch.float32))
 
     def _view(self, x: Side, y: Side, start: int, own: Diagonal) -> View:
         teachers = tuple(
@@ -172,8 +205,10 @@ class PairBatch:
 
 
 def _reduced(
-    view: View, rows: Ask | None, cols: Ask | None, given: dict[str, object]
+    view: View, rows: Ask | None, cols: Ask | None, given: dict[str, object], biases_of: Biases | None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    if biases_of is not None:
+        given = given | dict(zip(("row_bias", "col_bias"), biases_of(view), strict=True))
     asked = {name: ask(view) for name, ask in (("rows", rows), ("cols", cols)) if ask is not None}
     return similarity_reduce(view.x, view.y, **given, **asked)  # type: ignore[arg-type]
 

@@ -110,8 +110,7 @@ class CACRLoss(TwoWayLoss):
 def squared_norms(features: Tensor) -> Tensor:
     """|x_i|^2, [n], in float32 at least."""
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
-    norms: Tensor = torch.linalg.vecdot(wide, wide)
-    return norms
+    return wide.square().sum(-1)
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:

@@ -37,9 +37,7 @@ class CWCLLoss(TwoWayLoss):
         ValueError: options that this version does not have, or values outside their range.
     """
 
-    def __init__(
-        self, *, direction_weights: tuple[float, float] = (1.0, 1.0), **options: Unpack[Options]
-    ) -> None:
+    def __init__(self, *, direction_weights: tuple[float, float] = (1.0, 1.0), **options: Unpack[Options]) -> None:
         super().__init__(direction_weights=direction_weights, **options)
 
     def forward(

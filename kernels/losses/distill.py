@@ -109,7 +109,9 @@ class DistillClipLoss(ClipLoss):
 
 
 def _listed(
-    images: Tensor | Sequence[Tensor], texts: Tensor | Sequence[Tensor], scales: float | Tensor | Sequence[float | Tensor]
+    images: Tensor | Sequence[Tensor],
+    texts: Tensor | Sequence[Tensor],
+    scales: float | Tensor | Sequence[float | Tensor],
 ) -> tuple[list[Tensor], list[Tensor], list[float | Tensor]]:
     """One entry for each teacher."""
     images = [images] if isinstance(images, Tensor) else list(images)

@@ -82,7 +82,10 @@ class MomentumDistillationLoss(SoftTargetLoss):
         """
         check_pairs(image_features, text_features)
         check_scalar("logit_scale", logit_scale)
-        momentum = {"momentum_image_features": momentum_image_features, "momentum_text_features": momentum_text_features}
+        momentum = {
+            "momentum_image_features": momentum_image_features,
+            "momentum_text_features": momentum_text_features,
+        }
         for name, features in momentum.items():
             check_matrix(name, features)
             if features.shape != image_features.shape:

@@ -37,9 +37,7 @@ class TwoWayLoss(ContrastiveLoss):
         options: rank, world_size, local_loss, group, strategy, reduction.
     """
 
-    def __init__(
-        self, *, direction_weights: tuple[float, float] = (0.5, 0.5), **options: Unpack[Options]
-    ) -> None:
+    def __init__(self, *, direction_weights: tuple[float, float] = (0.5, 0.5), **options: Unpack[Options]) -> None:
         super().__init__(**options)
         self.direction_weights = checked_direction_weights(direction_weights)
 

@@ -37,9 +37,7 @@ class VicinityMixLoss(TwoWayLoss):
         ValueError: options that this version does not have, or values outside their range.
     """
 
-    def __init__(
-        self, *, direction_weights: tuple[float, float] = (0.5, 0.5), **options: Unpack[Options]
-    ) -> None:
+    def __init__(self, *, direction_weights: tuple[float, float] = (0.5, 0.5), **options: Unpack[Options]) -> None:
         super().__init__(direction_weights=direction_weights, **options)
 
     def forward(
@@ -72,12 +70,14 @@ class VicinityMixLoss(TwoWayLoss):
         n, device = image_features.shape[0], image_features.device
         check_indices(perm, "perm", n, "sample", device)
         if device.type == "cpu" and n and not 0 <= int(perm.min()) <= int(perm.max()) < n:
-            raise ValueError(f"perm holds {int(perm.min())} to {int(perm.max())}: expected rows of the batch, 0 to {n - 1}")
+            raise ValueError(
+                f"perm holds {int(perm.min())} to {int(perm.max())}: expected rows of the batch, 0 to {n - 1}"
+            )
         dtype = torch.promote_types(torch.promote_types(image_features.dtype, text_features.dtype), torch.float32)
         lam = vector(lam, "lam", n, "sample", dtype, device)
         given_away = torch.where(perm == torch.arange(n, device=device), 0, 1 - lam)
         # S_i,perm(i), of pairs that are all on this rank
-        crossed = logit_scale * torch.linalg.vecdot(image_features.to(dtype), text_features.to(dtype)[perm])
+        crossed = logit_scale * (image_features.to(dtype) * text_features.to(dtype)[perm]).sum(-1)
 
         batch = PairBatch(Side(image_features), Side(text_features), self._group())
         of_rows, of_cols = self._reduce(

@@ -1,0 +1,19 @@
+"""Alignment and uniformity (arXiv:2005.10242) of two modalities, and across them (arXiv:2405.18570)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def alignment(x: Tensor, y: Tensor) -> Tensor:
+    return (x - y).square().sum(1).mean()
+
+
+def uniformity(x: Tensor, y: Tensor, t: float) -> Tensor:
+    """log mean_{i != j} exp(-t |x_i - y_j|^2); y is x within a modality."""
+    total = 0.0
+    for i in range(len(x)):
+        for j in range(len(y)):
+            if i != j:
+                total = total + (-t * (x[i] - y[j]).square().sum()).exp()
+    return (total / (len(x) * (len(x) - 1))).log()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -75,20 +73,6 @@ def check_pairs(image_features: Tensor, text_features: Tensor) -> None:
             f"image_features {list(image_features.shape)} and text_features {list(text_features.shape)} "
             "differ: row i of both must embed the same pair, in one space"
         )
-
-
-def checked_direction_weights(weights: tuple[float, float]) -> tuple[float, float]:
-    """The weights of image to text and of text to image, as floats."""
-    try:
-        first, second = (float(weight) for weight in weights)
-    except (TypeError, ValueError):
-        first = second = math.nan
-    if not (0 <= first < math.inf and 0 <= second < math.inf and first + second > 0):
-        raise ValueError(
-            f"direction_weights={weights!r}: expected two numbers of at least 0, not both 0 (image to text, text to "
-            "image)"
-        )
-    return first, second
 
 
 def check_scalar(name: str, value: object) -> None:

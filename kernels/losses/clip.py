@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..contrastive import Diagonal
 from ..contrastive.sums import cross_entropies, cross_entropy_sum
 from ..distributed import Shards, gather
-from .base import ContrastiveLoss, check_matrix, check_pairs, check_scalar, checked_direction_weights
+from .base import ContrastiveLoss, check_matrix, check_pairs, check_scalar
 
 
 class ClipLoss(ContrastiveLoss):
@@ -75,7 +76,7 @@ class ClipLoss(ContrastiveLoss):
         self.cache_labels = cache_labels
         self.use_horovod = use_horovod
         self.label_smoothing = float(label_smoothing)
-        self.direction_weights = checked_direction_weights(direction_weights)
+        self.direction_weights = _checked_weights(direction_weights)
 
     def forward(
         self,
@@ -186,3 +187,16 @@ class _Sweep(NamedTuple):
 
 def _joined(features: Tensor, negatives: Tensor | None) -> Tensor:
     return features if negatives is None else torch.cat([features, negatives])
+
+
+def _checked_weights(weights: tuple[float, float]) -> tuple[float, float]:
+    try:
+        first, second = (float(weight) for weight in weights)
+    except (TypeError, ValueError):
+        first = second = math.nan
+    if not (0 <= first < math.inf and 0 <= second < math.inf and first + second > 0):
+        raise ValueError(
+            f"direction_weights={weights!r}: expected two numbers of at least 0, not both 0 (image to text, text to "
+            "image)"
+        )
+    return first, second

@@ -78,10 +78,11 @@ class AbovePositive:
 
     Row i is the owner in a reduction of rows, column j in one of columns. The own pair itself never matches,
     and an owner without a pair matches nothing. No gradient goes through the comparison. S_own is taken in
-    float64 and rounded once; a pair within rounding of the threshold may fall on either side.
+    float64 and rounded once; a pair within rounding of the threshold may fall on either side. The margin is in the
+    unit of S: a number, or a tensor of shape [], such as a multiple of a learned scale.
     """
 
-    margin: float = 0.0
+    margin: float | Tensor = 0.0
     pair: Diagonal | Target = field(default_factory=_same_position)
 
 

@@ -192,12 +192,12 @@ class Request:
     def _resolved(self, rule: AbovePositive, dim: int) -> Above:
         return Above(self.thresholds(rule, rule.margin, dim), rule.pair)
 
-    def thresholds(self, user: AbovePositive | HingeSum | CountAbove, margin: float, dim: int) -> Tensor:
+    def thresholds(self, user: AbovePositive | HingeSum | CountAbove, margin: float | Tensor, dim: int) -> Tensor:
         """S_own + margin of each owner, from scores in float64, rounded once; +inf for one without a pair."""
         self.check_own_pair(user.pair, user, dim)
         scores = traced_pair_scores if torch.compiler.is_compiling() else pair_scores
         own = scores(self._operands.detached(), user.pair, dim, self._budget, math.inf)
-        return (own + margin).to(self._dtype)
+        return (own + (margin.detach() if isinstance(margin, Tensor) else margin)).to(self._dtype)
 
 
 class _Expansion:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,6 @@ from ..distributed import Shards, gather
 from .base import ContrastiveLoss, check_pairs, check_scalar
 from .cacr import squared_distances, squared_norms
 from .clip import ClipLoss
-from .two_way import Options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class AlignmentUniformityLoss(ContrastiveLoss):
@@ -55,7 +51,7 @@ class AlignmentUniformityLoss(ContrastiveLoss):
         uniformity_weight: float = 1.0,
         cross_uniformity_weight: float = 1.0,
         clip_loss_weight: float = 1.0,
-        **options: Unpack[Options],
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         if self.reduction != "mean":

@@ -10,10 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..contrastive import Diagonal, DifferentId, Reduction, SameId, Teacher, similarity_reduce
-from ..contrastive.arguments import DEFAULT_MEMORY_BUDGET, factor
-from ..contrastive.compiled import traced_pair_scores
-from ..contrastive.operands import Operands, pair_scores
+from ..contrastive.arguments import factor
 from ..distributed import Shards, gather, gather_ids
+from .positives import row_scores
 
 
 @dataclass(eq=False)
@@ -42,12 +41,14 @@ class View:
     @property
     def same(self) -> SameId:
         """The pairs whose ids are equal."""
-        assert self.x_ids is not None and self.y_ids is not None
+        assert self.x_ids is not None
+        assert self.y_ids is not None
         return SameId(self.x_ids, self.y_ids)
 
     @property
     def different(self) -> DifferentId:
-        assert self.x_ids is not None and self.y_ids is not None
+        assert self.x_ids is not None
+        assert self.y_ids is not None
         return DifferentId(self.x_ids, self.y_ids)
 
 
@@ -97,7 +98,7 @@ class PairBatch:
     """Pairs (x_i, y_i), spread over the ranks of a group, and the reductions of their similarity.
 
     Args:
-        x, y: the two modalities, aligned by position.
+        x, y: the two modalities, aligned by position; or, for a loss that finds its pairs by id alone, of any lengths.
         group: as `ContrastiveLoss._group()` gives it; None for one rank.
         teacher_scales: of each teacher, a float or a tensor of shape [] or [1].
         x_extra, y_extra: candidates without a partner, of which each rank passes its own: more rows in the reductions
@@ -111,17 +112,19 @@ class PairBatch:
     x_extra: Side | None = None
     y_extra: Side | None = None
     shards: Shards = field(init=False)
+    y_shards: Shards = field(init=False)
 
     def __post_init__(self) -> None:
         self._whole: tuple[Side, Side] | None = None
         self.shards = Shards((self.x.features.shape[0],))
+        self.y_shards = Shards((self.y.features.shape[0],))
         if self.group is not None:
             self._gather_both()
 
     def _gather_both(self) -> None:
         # In one order on every rank, whatever is asked for later.
         self.shards, x = self.x.gathered(self.group)
-        _, y = self.y.gathered(self.group)
+        self.y_shards, y = self.y.gathered(self.group)
         self._whole = x, y
         for name in ("x_extra", "y_extra"):
             extra = getattr(self, name)
@@ -130,7 +133,7 @@ class PairBatch:
 
     @property
     def whole(self) -> tuple[Side, Side]:
-        """Both modalities of the whole batch, without extra candidates."""
+        """x and y of all ranks, with the exact gradient; without the extra candidates."""
         return self._whole or (self.x, self.y)
 
     def reduce(
@@ -150,7 +153,8 @@ class PairBatch:
             scale, bias, memory_budget: as in `similarity_reduce`.
             rows, cols: what to ask; None: nothing of that direction.
             biases_of: row and column bias as a function of a view's features, on any number of ranks.
-            biases: row_bias, col_bias; on one rank without extra candidates only.
+            biases: row_bias, col_bias, one for each of this rank's x or y; on several ranks row_bias with `rows` alone,
+                col_bias with `cols` alone; none with extra candidates.
 
         Returns:
             (row results, column results) of this rank's owners alone, each as asked for.
@@ -177,24 +181,14 @@ class PairBatch:
 
     def teacher_scores(self) -> list[Tensor]:
         """T_ii of this rank's pairs by each teacher, [n], as exact as `PairScore`; no gradient."""
+        # In the dtype of the features, as the sweep multiplies them.
         narrow = torch.promote_types(self.x.features.dtype, self.y.features.dtype)
         dtype, device = torch.promote_types(narrow, torch.float32), self.x.features.device
-        scores = traced_pair_scores if torch.compiler.is_compiling() else pair_scores
-        found = []
-        for x, y, scale in zip(self.x.taught, self.y.taught, self.teacher_scales, strict=True):
-            # In the dtype of the features, as the sweep multiplies them.
-            multiplied = factor(scale, "the teacher's logit scale", dtype, device)
-            operands = Operands(x.to(narrow), y.to(narrow), multiplied, None, None, None).detached()
-            found.append(scores(operands, Diagonal(), 1, DEFAULT_MEMORY_BUDGET, -torch.inf).to(dtype))
-        return found
-
-    def positives(self) -> Tensor:
-        """[n], float: how many pairs of the whole batch have the id of this rank's pair, itself included."""
-        x, _ = self.whole
-        assert self.x.ids is not None and x.ids is not None
-        everyone = x.ids.sort().values
-        counts = torch.searchsorted(everyone, self.x.ids, right=True) - torch.searchsorted(everyone, self.x.ids)
-        return counts.to(torch.promote_types(self.x.features.dtype, torch.float32))
+        with torch.no_grad():
+            return [
+                row_scores(x.to(narrow), y.to(narrow), factor(scale, "a teacher's logit scale", dtype, device))
+                for x, y, scale in zip(self.x.taught, self.y.taught, self.teacher_scales, strict=True)
+            ]
 
     def _view(self, x: Side, y: Side, start: int, own: Diagonal) -> View:
         teachers = tuple(

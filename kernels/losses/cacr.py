@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..contrastive import Reduction, SoftmaxMean
-from ..contrastive.arguments import check_indices
 from .base import check_pairs
 from .batch import PairBatch, Side, View
-from .two_way import Options, TwoWayLoss
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .directions import TwoDirectionLoss
+from .positives import paired_ids
 
 
-class CACRLoss(TwoWayLoss):
+class CACRLoss(TwoDirectionLoss):
     """Contrastive attraction and contrastive repulsion (CACR, arXiv:2105.03746).
 
     With the squared distances d_ij = |x_i - y_j|^2, positives compete among themselves, far ones counting more, and
@@ -26,9 +23,10 @@ class CACRLoss(TwoWayLoss):
 
         alpha sum_{k in P_i} softmax_{k in P_i}(tau_pos d_ik) d_ik - beta sum_{j not in P_i} softmax_{j not in P_i}(-tau_neg d_ij) d_ij,
 
-    that of column j the same along the columns; P_i is i itself, or, given ids, all with the id of i: several views
-    of one image on both sides. The gradient goes through the weights too. A row without negatives has no repulsion.
-    It may be negative. Expects unit vectors, as the paper has, but takes any.
+    that of column j the same along the columns; P_i is i itself, or, given ids, all y with the id of x_i: any number of
+    views of one image on either side. The gradient goes through the weights too. What has no positives has no
+    attraction, and what has no negatives no repulsion. It may be negative. The paper's vectors are of unit length; any
+    are taken.
 
     Args:
         tau_pos, tau_neg: how sharply the far positives and the close negatives are preferred.
@@ -48,7 +46,7 @@ class CACRLoss(TwoWayLoss):
         alpha: float = 1.0,
         beta: float = 1.0,
         direction_weights: tuple[float, float] = (0.5, 0.5),
-        **options: Unpack[Options],
+        **options: Any,
     ) -> None:
         super().__init__(direction_weights=direction_weights, **options)
         for name, value in (("tau_pos", tau_pos), ("tau_neg", tau_neg), ("alpha", alpha), ("beta", beta)):
@@ -63,48 +61,56 @@ class CACRLoss(TwoWayLoss):
         self,
         image_features: Tensor,
         text_features: Tensor,
-        ids: Tensor | None = None,
         output_dict: bool = False,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of a batch whose rows are aligned: x_i and y_i are views of one thing, or its image and its text.
+        """The loss of a batch.
 
         Args:
-            image_features: x [batch, D]; any floating dtype.
-            text_features: y [batch, D].
-            ids: int64 [batch], what pair i is a view of: pairs of equal ids are positives of each other. None: of itself
-                alone.
+            image_features: x [n, D]; any floating dtype. Another view of y as well as another modality.
+            text_features: y [m, D].
             output_dict: return {"contrastive_loss": loss}.
+            image_ids: int64 [n], of one meaning on all ranks: what x_i is a view of. All ranks pass ids or none does.
+                Without any, x_i belongs to y_i alone.
+            text_ids: int64 [m]. Where x_i belongs to y_i one of the two serves both.
 
         Returns:
-            A scalar in float32 (float64 for float64 features); [batch] for reduction="none".
+            A scalar in float32 (float64 for float64 features); [n] for reduction="none", which needs n = m or one
+            direction alone.
 
         Raises:
             ValueError, TypeError: shapes or dtypes that do not fit.
         """
-        check_pairs(image_features, text_features)
-        if ids is not None:
-            check_indices(ids, "ids", image_features.shape[0], "pair", image_features.device)
-        batch = PairBatch(Side(image_features, ids), Side(text_features, ids), self._group())
-        own_distance = squared_distances(image_features, text_features) if ids is None else None
-
-        def asked(view: View) -> list[Reduction]:
-            if own_distance is not None:
-                return [SoftmaxMean(sharpness=-self.tau_neg, exclude=view.own)]
-            return [
-                SoftmaxMean(sharpness=-self.tau_neg, exclude=view.same),
-                SoftmaxMean(sharpness=self.tau_pos, exclude=view.different),
-            ]
-
-        def formula(results: tuple[Tensor, ...]) -> Tensor:
-            negative, *positive = results
-            return self.alpha * (positive[0] if positive else own_distance) - self.beta * negative
-
+        if image_ids is None and text_ids is None:
+            check_pairs(image_features, text_features)
+            ask, attraction = self._ask_by_position, [squared_distances(image_features, text_features)]
+        else:
+            image_ids, text_ids = paired_ids(image_features, text_features, image_ids, text_ids)
+            ask, attraction = self._ask_by_id, []
+        batch = PairBatch(Side(image_features, image_ids), Side(text_features, text_ids), self._group())
         # S_ij = |x_i|^2 + |y_j|^2 - 2 <x_i, y_j>
-        reduced = self._reduce(
-            batch, asked, scale=-2.0, biases_of=lambda view: (squared_norms(view.x), squared_norms(view.y))
-        )
-        loss = self._finish(self._terms(formula, *reduced), batch.shards)
+        reduced = batch.reduce(scale=-2.0, biases_of=_norms, **self._asked(ask))
+
+        def formula(repulsion: Tensor, *by_id: Tensor) -> Tensor:
+            return self.alpha * (*by_id, *attraction)[0] - self.beta * repulsion
+
+        loss = self._combined(*self._each(formula, reduced), batch)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _ask_by_position(self, view: View) -> list[Reduction]:
+        return [SoftmaxMean(sharpness=-self.tau_neg, exclude=view.own)]
+
+    def _ask_by_id(self, view: View) -> list[Reduction]:
+        return [
+            SoftmaxMean(sharpness=-self.tau_neg, exclude=view.same),
+            SoftmaxMean(sharpness=self.tau_pos, exclude=view.different),
+        ]
+
+
+def _norms(view: View) -> tuple[Tensor, Tensor]:
+    return squared_norms(view.x), squared_norms(view.y)
 
 
 def squared_norms(features: Tensor) -> Tensor:

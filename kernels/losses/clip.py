@@ -76,7 +76,7 @@ class ClipLoss(ContrastiveLoss):
         self.cache_labels = cache_labels
         self.use_horovod = use_horovod
         self.label_smoothing = float(label_smoothing)
-        self.direction_weights = _checked_weights(direction_weights)
+        self.direction_weights = checked_weights(direction_weights)
 
     def forward(
         self,
@@ -189,7 +189,8 @@ def _joined(features: Tensor, negatives: Tensor | None) -> Tensor:
     return features if negatives is None else torch.cat([features, negatives])
 
 
-def _checked_weights(weights: tuple[float, float]) -> tuple[float, float]:
+def checked_weights(weights: tuple[float, float]) -> tuple[float, float]:
+    """A loss's `direction_weights`, or an error that says what they should be."""
     try:
         first, second = (float(weight) for weight in weights)
     except (TypeError, ValueError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,11 @@ from ..contrastive import LogSumExp, PairScore
 from ..distributed import gather
 from .base import check_matrix, check_pairs, check_scalar
 from .batch import PairBatch, Side
-from .two_way import Options, TwoWayLoss, cross_entropy
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .directions import TwoDirectionLoss
+from .log_domain import cross_entropy
 
 
-class CWCLLoss(TwoWayLoss):
+class CWCLLoss(TwoDirectionLoss):
     """Continuously weighted contrastive loss (CWCL, arXiv:2309.14580): a locked tower teaches the other one.
 
     With S_ij = logit_scale <image_i, text_j>, the images' tower locked, and weights w_ij = <p_i, p_j> / 2 + 1/2 from its
@@ -37,7 +35,7 @@ class CWCLLoss(TwoWayLoss):
         ValueError: options that this version does not have, or values outside their range.
     """
 
-    def __init__(self, *, direction_weights: tuple[float, float] = (1.0, 1.0), **options: Unpack[Options]) -> None:
+    def __init__(self, *, direction_weights: tuple[float, float] = (1.0, 1.0), **options: Any) -> None:
         super().__init__(direction_weights=direction_weights, **options)
 
     def forward(
@@ -83,11 +81,11 @@ class CWCLLoss(TwoWayLoss):
         )
         with torch.autocast(locked.device.type, enabled=False):
             mean_score = _weighted_mean(image_features, batch.whole[1].features, locked.detach(), all_locked)
-        terms = self._weighted(
+        loss = self._combined(
             of_images[0] - logit_scale * mean_score if weighted else None,
             cross_entropy(*of_texts) if one_hot else None,
+            batch,
         )
-        loss = self._finish(terms, batch.shards)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -98,12 +99,16 @@ class DistillClipLoss(ClipLoss):
         rows, cols = (soft_targets if weight else None for weight in self.direction_weights)
         reduced = batch.reduce(scale=logit_scale, rows=rows, cols=cols)
         teacher_own = batch.teacher_scores()
-        contrastive = distilled = None
-        for weight, results in zip(self.direction_weights, reduced, strict=True):
-            if weight:
-                one_hot, gap = soft_cross_entropy(results, teacher_own)
-                both = weight * one_hot, weight * (one_hot + gap)
-                contrastive, distilled = both if contrastive is None else (contrastive + both[0], distilled + both[1])
+        one_hot, gap = zip(
+            *(
+                [weight * terms for terms in soft_cross_entropy(results, teacher_own)]
+                for weight, results in zip(self.direction_weights, reduced, strict=True)
+                if weight
+            ),
+            strict=True,
+        )
+        contrastive = torch.stack(one_hot).sum(0)
+        distilled = contrastive + torch.stack(gap).sum(0)
         losses = self._finish(contrastive, batch.shards), self._finish(distilled, batch.shards)
         return dict(zip(("contrastive_loss", "distill_loss"), losses, strict=True)) if output_dict else losses
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,10 @@ from ..contrastive import Diagonal
 from ..contrastive.sums import cross_entropies, cross_entropy_sum
 from ..distributed import Shards, gather
 from .base import check_pairs, check_scalar
-from .two_way import Options, TwoWayLoss
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .directions import TwoDirectionLoss
 
 
-class MatryoshkaLoss(TwoWayLoss):
+class MatryoshkaLoss(TwoDirectionLoss):
     """The loss of CLIP on nested prefixes of the features (Matryoshka representations, arXiv:2205.13147).
 
     With x[:w] the first w features, divided by their norm, the loss is
@@ -46,7 +43,7 @@ class MatryoshkaLoss(TwoWayLoss):
         *,
         normalize: bool = True,
         direction_weights: tuple[float, float] = (0.5, 0.5),
-        **options: Unpack[Options],
+        **options: Any,
     ) -> None:
         super().__init__(direction_weights=direction_weights, **options)
         self.widths = tuple(widths)

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..contrastive import ArgMax, Reduction, SoftmaxMean
 from .base import check_pairs, check_scalar
 from .batch import View
+from .directions import TwoDirectionLoss
+from .log_domain import cross_entropy
 from .soft_target import soft_cross_entropy, soft_targets, taught_batch
-from .two_way import Options, TwoWayLoss
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
-class ModXLoss(TwoWayLoss):
+class ModXLoss(TwoDirectionLoss):
     """Contrast, and the divergence from the previous model's similarities (Mod-X, arXiv:2305.07437).
 
     With S_ij = logit_scale <image_i, text_j> and T_ij = old_logit_scale <old_image_i, old_text_j>, the term of row i is
@@ -46,7 +43,7 @@ class ModXLoss(TwoWayLoss):
         distill_weight: float = 1.0,
         clip_loss_weight: float = 1.0,
         direction_weights: tuple[float, float] = (0.5, 0.5),
-        **options: Unpack[Options],
+        **options: Any,
     ) -> None:
         super().__init__(direction_weights=direction_weights, **options)
         self.distill_weight = distill_weight
@@ -84,21 +81,21 @@ class ModXLoss(TwoWayLoss):
         old_scale = logit_scale if old_logit_scale is None else old_logit_scale
         old = [old_image_features], [old_text_features], [old_scale]
         batch = taught_batch(image_features, text_features, *old, self._group())
-        reduced = self._reduce(batch, _asked, scale=logit_scale)
+        reduced = batch.reduce(scale=logit_scale, **self._asked(_asked))
         teacher_own = batch.teacher_scores()
         start, stop = batch.shards.start, batch.shards.start + image_features.shape[0]
         position = torch.arange(start, stop, device=image_features.device)
 
-        def formula(results: tuple[Tensor, ...]) -> Tensor:
+        def formula(*results: Tensor) -> Tensor:
             *of_both, teacher_mean, teacher_best = results
             one_hot, gap = soft_cross_entropy(of_both, teacher_own)
             # KL = cross-entropy - entropy, and the entropy is the teacher's cross-entropy against itself.
             others, own = of_both[2], teacher_own[0]
-            entropy = -F.logsigmoid(own - others) + torch.sigmoid(others - own) * (own - teacher_mean)
+            entropy = cross_entropy(others, own) + torch.sigmoid(others - own) * (own - teacher_mean)
             gated = torch.where(teacher_best == position, one_hot + gap - entropy, 0)
             return self.clip_loss_weight * one_hot + self.distill_weight * gated
 
-        loss = self._finish(self._terms(formula, *reduced), batch.shards)
+        loss = self._combined(*self._each(formula, reduced), batch)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

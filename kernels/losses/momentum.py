@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +12,6 @@ from ..distributed import gather
 from .base import check_matrix, check_pairs, check_scalar
 from .batch import PairBatch, Side, View
 from .soft_target import SoftTargetLoss, soft_cross_entropy, soft_targets
-from .two_way import Options
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class MomentumDistillationLoss(SoftTargetLoss):
@@ -46,7 +42,7 @@ class MomentumDistillationLoss(SoftTargetLoss):
         *,
         alpha: float = 0.4,
         direction_weights: tuple[float, float] = (0.5, 0.5),
-        **options: Unpack[Options],
+        **options: Any,
     ) -> None:
         super().__init__(alpha=alpha, direction_weights=direction_weights, **options)
 
@@ -109,9 +105,9 @@ class MomentumDistillationLoss(SoftTargetLoss):
             return one_hot + self.alpha * gap
 
         image_to_text, text_to_image = self.direction_weights
-        terms = self._weighted(
+        loss = self._combined(
             terms_of(sides[0], all_text_keys, text_queue) if image_to_text else None,
             terms_of(sides[1], all_image_keys, image_queue) if text_to_image else None,
+            batch,
         )
-        loss = self._finish(terms, batch)
         return {"contrastive_loss": loss} if output_dict else loss

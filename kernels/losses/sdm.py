@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..contrastive import LogSumExp, PairScore, Reduction, SoftmaxMean
-from ..contrastive.arguments import check_indices
 from .base import check_pairs, check_scalar
 from .batch import PairBatch, Side, View
-from .two_way import Options, TwoWayLoss
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .directions import TwoDirectionLoss
+from .positives import ById, paired_ids
 
 
-class SDMLoss(TwoWayLoss):
+class SDMLoss(TwoDirectionLoss):
     """Similarity distribution matching (SDM of IRRA, arXiv:2303.12501): KL(p || q) from ids.
 
     With S_ij = logit_scale <image_i, text_j>, p_ij = softmax_j(S_ij) and q_ij = [id_i = id_j] / n_i, n_i the number of
@@ -28,9 +25,8 @@ class SDMLoss(TwoWayLoss):
         sum_j p_ij log(p_ij / (q_ij + eps)),
 
     that of column j the same along the columns. The paper adds the directions up, which is the default of
-    direction_weights. It is the reverse of a cross-entropy: mass on pairs of unequal ids costs -log eps each.
-    It is computed from the log-sum-exp and the mean score of the positives and of the others apart, so that the
-    small part of the two does not drown in the large one.
+    direction_weights. An image without a text has the term 0. The positives and the others are reduced apart, so that
+    the small part of the two does not drown in the large one.
 
     Args:
         eps: keeps the divergence finite where q_ij = 0.
@@ -46,7 +42,7 @@ class SDMLoss(TwoWayLoss):
         *,
         eps: float = 1e-8,
         direction_weights: tuple[float, float] = (1.0, 1.0),
-        **options: Unpack[Options],
+        **options: Any,
     ) -> None:
         super().__init__(direction_weights=direction_weights, **options)
         if not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
@@ -58,55 +54,84 @@ class SDMLoss(TwoWayLoss):
         image_features: Tensor,
         text_features: Tensor,
         logit_scale: float | Tensor,
-        ids: Tensor | None = None,
         output_dict: bool = False,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """The loss of a batch whose rows are aligned: image i belongs to text i.
+        """The loss of a batch.
 
         Args:
-            image_features: [batch, D], normalised as the model defines it; any floating dtype.
-            text_features: [batch, D].
+            image_features: [n, D], normalised as the model defines it; any floating dtype.
+            text_features: [m, D].
             logit_scale: the factor itself (not its logarithm), a float or a tensor of shape [] or [1].
-            ids: int64 [batch], whom pair i shows: pairs of equal ids are positives of each other. None: of itself alone.
             output_dict: return {"contrastive_loss": loss}.
+            image_ids: int64 [n], of one meaning on all ranks: whom the image shows. All ranks pass ids or none does.
+                Without any, image i belongs to text i alone.
+            text_ids: int64 [m]. Where image i belongs to text i one of the two serves both.
 
         Returns:
-            A scalar in float32 (float64 for float64 features); [batch] for reduction="none".
+            A scalar in float32 (float64 for float64 features); [n] for reduction="none", which needs n = m or one
+            direction alone.
 
         Raises:
             ValueError, TypeError: shapes or dtypes that do not fit.
         """
-        check_pairs(image_features, text_features)
         check_scalar("logit_scale", logit_scale)
-        if ids is not None:
-            check_indices(ids, "ids", image_features.shape[0], "pair", image_features.device)
-        batch = PairBatch(Side(image_features, ids), Side(text_features, ids), self._group())
-        reduced = self._reduce(batch, _by_position if ids is None else _by_id, scale=logit_scale)
-        log_target = math.log(1 + self.eps) if ids is None else torch.log(1 / batch.positives() + self.eps)
-
-        def formula(results: tuple[Tensor, ...]) -> Tensor:
-            positive, negative, negative_mean, *positive_mean = results
-            # log p of the mean positive, up to what the positives differ among themselves: 0 for one of them.
-            spread = positive_mean[0] - positive if positive_mean else 0.0
-            attracted = F.logsigmoid(positive - negative) + spread - log_target
-            repelled = negative_mean - torch.logaddexp(positive, negative) - math.log(self.eps)
-            difference = positive - negative
-            return torch.sigmoid(difference) * attracted + torch.sigmoid(-difference) * repelled
-
-        loss = self._finish(self._terms(formula, *reduced), batch.shards)
+        if image_ids is None and text_ids is None:
+            check_pairs(image_features, text_features)
+            batch = PairBatch(Side(image_features), Side(text_features), self._group())
+            asked, counts = self._asked(_by_position), None
+        else:
+            image_ids, text_ids = paired_ids(image_features, text_features, image_ids, text_ids)
+            batch = PairBatch(Side(image_features, image_ids), Side(text_features, text_ids), self._group())
+            asked, counts = self._asked(_by_id), _counts(batch)
+        of_images, of_texts = (
+            self._divergence(results, None if counts is None else counts[side]) if weight else None
+            for side, (weight, results) in enumerate(
+                zip(self.direction_weights, batch.reduce(scale=logit_scale, **asked), strict=True)
+            )
+        )
+        loss = self._combined(of_images, of_texts, batch)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _divergence(self, results: tuple[Tensor, ...], counts: Tensor | None) -> Tensor:
+        """The owners' terms, from the log-sum-exp and the mean score of the negatives and of the positives."""
+        negative, negative_mean, positive, *positive_mean = results
+        if counts is None:
+            # Of one positive the log-sum-exp and the mean are both its score.
+            spread, none, log_target = 0.0, None, math.log(1 + self.eps)
+        else:
+            none = counts == 0
+            positive = positive.masked_fill(none, 0)
+            spread = positive_mean[0] - positive
+            log_target = torch.log(1 / counts.clamp(min=1).to(positive.dtype) + self.eps)
+        difference = positive - negative
+        attracted = F.logsigmoid(difference) + spread - log_target
+        repelled = negative_mean - torch.logaddexp(positive, negative) - math.log(self.eps)
+        terms = torch.sigmoid(difference) * attracted + torch.sigmoid(-difference) * repelled
+        return terms if none is None else terms.masked_fill(none, 0)
 
 
 def _by_position(view: View) -> list[Reduction]:
-    own = view.own
-    return [PairScore(own), LogSumExp(exclude=own), SoftmaxMean(exclude=own)]
+    return [LogSumExp(exclude=view.own), SoftmaxMean(exclude=view.own), PairScore(view.own)]
 
 
 def _by_id(view: View) -> list[Reduction]:
     same, different = view.same, view.different
     return [
-        LogSumExp(exclude=different),
         LogSumExp(exclude=same),
         SoftmaxMean(exclude=same),
+        LogSumExp(exclude=different),
         SoftmaxMean(exclude=different),
     ]
+
+
+def _counts(batch: PairBatch) -> tuple[Tensor, Tensor]:
+    """How many positives this rank's images and its texts have."""
+    assert batch.x.ids is not None
+    assert batch.y.ids is not None
+    all_x, all_y = batch.whole
+    assert all_x.ids is not None
+    assert all_y.ids is not None
+    return ById(batch.x.ids, all_y.ids).counts(), ById(batch.y.ids, all_x.ids).counts()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,11 @@ from torch import Tensor
 from ..contrastive import LogSumExp, PairScore, Reduction, SoftmaxMean
 from .base import check_matrix, check_pairs, check_scalar
 from .batch import PairBatch, Side, View
-from .two_way import Options, TwoWayLoss, cross_entropy
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .directions import TwoDirectionLoss
+from .log_domain import cross_entropy
 
 
-class SoftTargetLoss(TwoWayLoss):
+class SoftTargetLoss(TwoDirectionLoss):
     """Cross-entropy against alpha * softmax of a teacher's similarity + (1 - alpha) * the pair itself.
 
     With S_ij = logit_scale <image_i, text_j> and T_ij = teacher_logit_scale <teacher_image_i, teacher_text_j>, the
@@ -45,7 +43,7 @@ class SoftTargetLoss(TwoWayLoss):
         *,
         alpha: float = 1.0,
         direction_weights: tuple[float, float] = (0.5, 0.5),
-        **options: Unpack[Options],
+        **options: Any,
     ) -> None:
         super().__init__(direction_weights=direction_weights, **options)
         self.alpha = checked_alpha(alpha)
@@ -90,12 +88,12 @@ class SoftTargetLoss(TwoWayLoss):
         )
         teacher_own = batch.teacher_scores()
 
-        def formula(results: tuple[Tensor, ...]) -> Tensor:
+        def formula(*results: Tensor) -> Tensor:
             one_hot, gap = soft_cross_entropy(results, teacher_own)
             return one_hot + self.alpha * gap
 
-        terms = self._terms(formula, *self._reduce(batch, soft_targets, scale=logit_scale))
-        loss = self._finish(terms, batch.shards)
+        reduced = batch.reduce(scale=logit_scale, **self._asked(soft_targets))
+        loss = self._combined(*self._each(formula, reduced), batch)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..contrastive import LogSumExp, PairScore
-from ..contrastive.arguments import check_indices, vector
+from ..contrastive.arguments import check_indices, factor, vector
 from .base import check_pairs, check_scalar
 from .batch import PairBatch, Side
-from .two_way import Options, TwoWayLoss, cross_entropy
+from .directions import TwoDirectionLoss
+from .log_domain import cross_entropy
+from .positives import row_scores
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
-
-class VicinityMixLoss(TwoWayLoss):
+class VicinityMixLoss(TwoDirectionLoss):
     """Cross-entropy of mixed samples against two partners each (BiMixCo of MindEye, arXiv:2305.18274).
 
     Sample i of the first modality is mixed, lam_i a_i + (1 - lam_i) a_perm(i), and its target is P_ii = lam_i,
@@ -37,7 +36,7 @@ class VicinityMixLoss(TwoWayLoss):
         ValueError: options that this version does not have, or values outside their range.
     """
 
-    def __init__(self, *, direction_weights: tuple[float, float] = (0.5, 0.5), **options: Unpack[Options]) -> None:
+    def __init__(self, *, direction_weights: tuple[float, float] = (0.5, 0.5), **options: Any) -> None:
         super().__init__(direction_weights=direction_weights, **options)
 
     def forward(
@@ -77,23 +76,22 @@ class VicinityMixLoss(TwoWayLoss):
         lam = vector(lam, "lam", n, "sample", dtype, device)
         given_away = torch.where(perm == torch.arange(n, device=device), 0, 1 - lam)
         # S_i,perm(i), of pairs that are all on this rank
-        crossed = logit_scale * (image_features.to(dtype) * text_features.to(dtype)[perm]).sum(-1)
+        crossed = row_scores(image_features, text_features[perm], factor(logit_scale, "logit_scale", dtype, device))
 
         batch = PairBatch(Side(image_features), Side(text_features), self._group())
-        of_rows, of_cols = self._reduce(
-            batch, lambda view: [LogSumExp(exclude=view.own), PairScore(view.own)], scale=logit_scale
-        )
+        asked = self._asked(lambda view: [LogSumExp(exclude=view.own), PairScore(view.own)])
+        of_rows, of_cols = batch.reduce(scale=logit_scale, **asked)
         by_row = by_col = None
-        if of_rows is not None:
+        if of_rows:
             others, own = of_rows
             # (1 - lam_i) (S_ii - S_i,perm(i)) is what the second partner changes.
             by_row = cross_entropy(others, own) + given_away * (own - crossed)
-        if of_cols is not None:
+        if of_cols:
             others, own = of_cols
             received = torch.zeros_like(own).index_add(0, perm, given_away)
             changed = torch.zeros_like(own).index_add(0, perm, given_away * (own[perm] - crossed))
             by_col = (1 - given_away + received) * cross_entropy(others, own) + changed
-        loss = self._finish(self._weighted(by_row, by_col), batch.shards)
+        loss = self._combined(by_row, by_col, batch)
         return {"contrastive_loss": loss} if output_dict else loss
 
 

@@ -91,7 +91,7 @@ class CACRLoss(TwoDirectionLoss):
             ask, attraction = self._ask_by_id, []
         batch = PairBatch(Side(image_features, image_ids), Side(text_features, text_ids), self._group())
         # S_ij = |x_i|^2 + |y_j|^2 - 2 <x_i, y_j>
-        reduced = batch.reduce(scale=-2.0, biases_of=_norms, **self._asked(ask))
+        reduced = self._reduced(batch, ask, scale=-2.0, biases_of=_norms)
 
         def formula(repulsion: Tensor, *by_id: Tensor) -> Tensor:
             return self.alpha * (*by_id, *attraction)[0] - self.beta * repulsion

@@ -25,10 +25,10 @@ class TwoDirectionLoss(ContrastiveLoss):
         super().__init__(**options)
         self.direction_weights = checked_weights(direction_weights)
 
-    def _asked(self, ask: Ask) -> dict[str, Ask | None]:
-        """`rows` and `cols` of `PairBatch.reduce`, both directions asking the same; None for one of weight 0."""
+    def _reduced(self, batch: PairBatch, ask: Ask, **given: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """`batch.reduce` where both directions ask the same; nothing of one that has weight 0."""
         image_to_text, text_to_image = self.direction_weights
-        return {"rows": ask if image_to_text else None, "cols": ask if text_to_image else None}
+        return batch.reduce(rows=ask if image_to_text else None, cols=ask if text_to_image else None, **given)
 
     def _each(
         self, formula: Callable[..., Tensor], reduced: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]

@@ -81,7 +81,7 @@ class ModXLoss(TwoDirectionLoss):
         old_scale = logit_scale if old_logit_scale is None else old_logit_scale
         old = [old_image_features], [old_text_features], [old_scale]
         batch = taught_batch(image_features, text_features, *old, self._group())
-        reduced = batch.reduce(scale=logit_scale, **self._asked(_asked))
+        reduced = self._reduced(batch, _asked, scale=logit_scale)
         teacher_own = batch.teacher_scores()
         start, stop = batch.shards.start, batch.shards.start + image_features.shape[0]
         position = torch.arange(start, stop, device=image_features.device)

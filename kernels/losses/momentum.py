@@ -104,10 +104,7 @@ class MomentumDistillationLoss(SoftTargetLoss):
             one_hot, gap = soft_cross_entropy(results, [teacher_own])
             return one_hot + self.alpha * gap
 
-        image_to_text, text_to_image = self.direction_weights
-        loss = self._combined(
-            terms_of(sides[0], all_text_keys, text_queue) if image_to_text else None,
-            terms_of(sides[1], all_image_keys, image_queue) if text_to_image else None,
-            batch,
-        )
+        directions = ((sides[0], all_text_keys, text_queue), (sides[1], all_image_keys, image_queue))
+        terms = [weight * terms_of(*each) for weight, each in zip(self.direction_weights, directions) if weight]
+        loss = self._finish(torch.stack(terms).sum(0), batch)
         return {"contrastive_loss": loss} if output_dict else loss

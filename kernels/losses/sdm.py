@@ -81,36 +81,33 @@ class SDMLoss(TwoDirectionLoss):
         if image_ids is None and text_ids is None:
             check_pairs(image_features, text_features)
             batch = PairBatch(Side(image_features), Side(text_features), self._group())
-            asked, counts = self._asked(_by_position), None
+            ask, counts = _by_position, None
         else:
             image_ids, text_ids = paired_ids(image_features, text_features, image_ids, text_ids)
             batch = PairBatch(Side(image_features, image_ids), Side(text_features, text_ids), self._group())
-            asked, counts = self._asked(_by_id), _counts(batch)
+            ask, counts = _by_id, _counts(batch)
+        reduced = self._reduced(batch, ask, scale=logit_scale)
         of_images, of_texts = (
-            self._divergence(results, None if counts is None else counts[side]) if weight else None
-            for side, (weight, results) in enumerate(
-                zip(self.direction_weights, batch.reduce(scale=logit_scale, **asked), strict=True)
-            )
+            self._divergence(results, of_owners) if results else None
+            for results, of_owners in zip(reduced, counts or (None, None), strict=True)
         )
         loss = self._combined(of_images, of_texts, batch)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _divergence(self, results: tuple[Tensor, ...], counts: Tensor | None) -> Tensor:
         """The owners' terms, from the log-sum-exp and the mean score of the negatives and of the positives."""
-        negative, negative_mean, positive, *positive_mean = results
-        if counts is None:
-            # Of one positive the log-sum-exp and the mean are both its score.
-            spread, none, log_target = 0.0, None, math.log(1 + self.eps)
-        else:
-            none = counts == 0
-            positive = positive.masked_fill(none, 0)
-            spread = positive_mean[0] - positive
-            log_target = torch.log(1 / counts.clamp(min=1).to(positive.dtype) + self.eps)
+        negative, negative_mean, positive, *by_id = results
+        # Of a single positive the log-sum-exp and the mean are both its score.
+        positive_mean = by_id[0] if by_id else positive
+        counts = torch.ones_like(positive) if counts is None else counts
+        none = counts == 0
+        positive = positive.masked_fill(none, 0)
+        target = 1 / counts.clamp(min=1).to(positive.dtype)
         difference = positive - negative
-        attracted = F.logsigmoid(difference) + spread - log_target
+        attracted = F.logsigmoid(difference) + positive_mean - positive - torch.log(target + self.eps)
         repelled = negative_mean - torch.logaddexp(positive, negative) - math.log(self.eps)
         terms = torch.sigmoid(difference) * attracted + torch.sigmoid(-difference) * repelled
-        return terms if none is None else terms.masked_fill(none, 0)
+        return terms.masked_fill(none, 0)
 
 
 def _by_position(view: View) -> list[Reduction]:

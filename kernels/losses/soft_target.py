@@ -92,7 +92,7 @@ class SoftTargetLoss(TwoDirectionLoss):
             one_hot, gap = soft_cross_entropy(results, teacher_own)
             return one_hot + self.alpha * gap
 
-        reduced = batch.reduce(scale=logit_scale, **self._asked(soft_targets))
+        reduced = self._reduced(batch, soft_targets, scale=logit_scale)
         loss = self._combined(*self._each(formula, reduced), batch)
         return {"contrastive_loss": loss} if output_dict else loss
 

@@ -79,8 +79,9 @@ class VicinityMixLoss(TwoDirectionLoss):
         crossed = row_scores(image_features, text_features[perm], factor(logit_scale, "logit_scale", dtype, device))
 
         batch = PairBatch(Side(image_features), Side(text_features), self._group())
-        asked = self._asked(lambda view: [LogSumExp(exclude=view.own), PairScore(view.own)])
-        of_rows, of_cols = batch.reduce(scale=logit_scale, **asked)
+        of_rows, of_cols = self._reduced(
+            batch, lambda view: [LogSumExp(exclude=view.own), PairScore(view.own)], scale=logit_scale
+        )
         by_row = by_col = None
         if of_rows:
             others, own = of_rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -11,9 +12,5 @@ def alignment(x: Tensor, y: Tensor) -> Tensor:
 
 def uniformity(x: Tensor, y: Tensor, t: float) -> Tensor:
     """log mean_{i != j} exp(-t |x_i - y_j|^2); y is x within a modality."""
-    total = 0.0
-    for i in range(len(x)):
-        for j in range(len(y)):
-            if i != j:
-                total = total + (-t * (x[i] - y[j]).square().sum()).exp()
-    return (total / (len(x) * (len(x) - 1))).log()
+    near = (-t * (x[:, None] - y).square().sum(2)).exp()
+    return near[~torch.eye(len(x), dtype=torch.bool)].mean().log()

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .operands import Operands
-from .plan import Plan, decode, encode, result_count
-from .reductions import Chosen, Count, Served
+from .plan import Plan, decode, encode, has_gradient, result_count
+from .reductions import Served
 
 _OPERANDS = len(Operands._fields)
 
@@ -26,7 +26,7 @@ class Settings(NamedTuple):
 #: (operands, plan, settings) -> (results, what the backward needs to know of each reduction).
 Forward = Callable[[Operands, Plan, Settings], tuple[list[Tensor], list[list[Tensor]]]]
 #: (operands, plan, saved, upstream gradients, settings, which are needed) -> gradients of the operands. Results that
-#: have no gradient (`Count`, and both of `Chosen`) have an upstream gradient too, which means nothing.
+#: have no gradient (`plan.has_gradient`) have an upstream gradient too, which means nothing.
 Backward = Callable[[Operands, Plan, list[Tensor], list[Tensor], Settings, list[bool]], list[Tensor | None]]
 
 
@@ -74,7 +74,7 @@ def without_gradient(plan: Plan, results: list[Tensor]) -> list[Tensor]:
     remaining = iter(results)
     for _, reduction in plan:
         mine = [next(remaining) for _ in range(result_count(reduction))]
-        found += mine if isinstance(reduction, (Count, Chosen)) else []
+        found += [] if has_gradient(reduction) else mine
     return found
 
 

@@ -19,9 +19,9 @@ from .plan import decode, encode, result_count
 from .reductions import Chosen, Diagonal, PairScore, Served, Target
 from .torch_reductions import STATISTICS
 
-# Every operator below takes the operands first; what follows them is named by its schema.
-_OPERANDS = "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? row_bias, Tensor? col_bias"
-_REQUEST = f"{_OPERANDS}, int[] numbers, float[] factors, Tensor[] metadata, int budget"
+#: Every operator takes the operands first; what follows them is named by its schema.
+OPERANDS = "Tensor x, Tensor y, Tensor scale, Tensor? bias, Tensor? row_bias, Tensor? col_bias"
+_REQUEST = f"{OPERANDS}, int[] numbers, float[] factors, Tensor[] metadata, int budget"
 _COUNT = len(Operands._fields)
 
 
@@ -46,7 +46,14 @@ def empty_results(operands: Operands, dim: int, reduction: Served) -> list[Tenso
     return [operands.scale.new_empty(owners)]
 
 
-def _fake_backward(*arguments: Any) -> list[Tensor]:
+def returned(operands: Operands, gradients: list[Tensor | None]) -> list[Tensor]:
+    """Gradients as an operator returns them: empty where there is none, and contiguous, as `fake_gradients` says."""
+    # inductor compiles for these strides
+    return [operands.scale.new_empty(0) if each is None else each.contiguous() for each in gradients]
+
+
+def fake_gradients(*arguments: Any) -> list[Tensor]:
+    """What a backward gives, by the operands, which come first, and by which are needed, which comes last."""
     operands, *_, needed = _split(arguments)
     nothing = operands.scale.new_empty(0)
     return [
@@ -62,7 +69,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.save_for_backward(*operands, *metadata, *output[results:])
 
 
-def _define(name: str, function: Any, fake: Any, schema: str) -> Any:
+def define(name: str, function: Any, fake: Any, schema: str) -> Any:
+    """The operator `pairtile::<name>`, with what it does to tensors without data."""
     operator = torch.library.custom_op(f"pairtile::{name}", function, mutates_args=(), schema=schema)
     operator.register_fake(fake)
     return operator
@@ -82,8 +90,7 @@ def _define_operators(sweeps: Sweeps) -> Any:
         plan, settings = decode(numbers, factors, metadata), Settings(budget, precision)
         with torch.autocast(operands.x.device.type, enabled=False):  # who calls backward may have it on
             results = sweeps.backward(operands, plan, saved, grads, settings, needed)
-        # contiguous, as the fake says: inductor compiles for these strides
-        return [operands.scale.new_empty(0) if each is None else each.contiguous() for each in results]
+        return returned(operands, results)
 
     def differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
         numbers, factors, budget, precision, count, results = ctx.request
@@ -97,9 +104,9 @@ def _define_operators(sweeps: Sweeps) -> Any:
         return *gradients, None, None if factors else [], [None] * count, None, None
 
     name = f"{sweeps.name}_similarity_reduce"
-    forward_op = _define(name, forward, _fake_forward, f"({_REQUEST}, str precision) -> Tensor[]")
+    forward_op = define(name, forward, _fake_forward, f"({_REQUEST}, str precision) -> Tensor[]")
     more = "str precision, Tensor[] saved, Tensor[] grads, bool[] needed"
-    backward_op = _define(f"{name}_backward", backward, _fake_backward, f"({_REQUEST}, {more}) -> Tensor[]")
+    backward_op = define(f"{name}_backward", backward, fake_gradients, f"({_REQUEST}, {more}) -> Tensor[]")
     forward_op.register_autograd(differentiate, setup_context=_setup)
     return forward_op
 
@@ -133,9 +140,7 @@ def _fake_pair_scores(*arguments: Any) -> Tensor:
     return torch.empty(operands.length(dim), dtype=exact_dtype(device), device=device)
 
 
-_pair_scores_op = _define(
-    "torch_pair_scores", _pair_scores, _fake_pair_scores, f"({_REQUEST}, float missing) -> Tensor"
-)
+_pair_scores_op = define("torch_pair_scores", _pair_scores, _fake_pair_scores, f"({_REQUEST}, float missing) -> Tensor")
 
 
 def traced_pair_scores(operands: Operands, pair: Diagonal | Target, dim: int, budget: int, missing: float) -> Tensor:

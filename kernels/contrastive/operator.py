@@ -128,5 +128,5 @@ def _serve(
     else:
         results = differentiable(_SWEEPS[backend], operands, of_rows.served, of_cols.served, settings)
     if backend != "reference" and (of_rows.makers or of_cols.makers):
-        results = with_chosen_gradients(results, operands, of_rows.served, of_cols.served, settings.budget)
+        results = with_chosen_gradients(results, operands, of_rows.served, of_cols.served, backend, settings.budget)
     return of_rows.assemble(results[: of_rows.results]), of_cols.assemble(results[of_rows.results :])

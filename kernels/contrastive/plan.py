@@ -79,6 +79,15 @@ def result_count(reduction: Served) -> int:
     return 2 if isinstance(reduction, Chosen) else 1
 
 
+def has_gradient(reduction: Served) -> bool:
+    """Whether a gradient comes back to S from its results by a sweep: `Chosen` has one of its own (`chosen.py`)."""
+    if isinstance(reduction, LogSumExp):
+        return not isinstance(reduction.of, Teacher)
+    if isinstance(reduction, SoftmaxMean):
+        return reduction.of is None or reduction.under is None
+    return not isinstance(reduction, (Count, Chosen))
+
+
 def encode(rows: tuple[Served, ...], cols: tuple[Served, ...]) -> Encoded:
     """Numbers and tensors of a request. A tensor that several rules share is listed once."""
     found = Encoded([], [], [])

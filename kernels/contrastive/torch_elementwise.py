@@ -1,4 +1,4 @@
-"""exp and softplus to the last digit, and fast, on any device."""
+"""exp and softplus to the last digit, and fast, on any device; the slope of a paced score."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from .reductions import Paced
 
 
 def finite(maximum: Tensor) -> Tensor:
@@ -33,3 +35,13 @@ def softplus(scores: Tensor, out: Tensor | None = None) -> Tensor:
     spare = one_more - 1
     small.sub_(spare).div_(one_more).add_(one_more.log_())
     return small.add_(torch.clamp(scores, min=0, out=spare))
+
+
+def pace_slope(scores: Tensor, pace: Paced) -> Tensor:
+    """gain * relu(slope * S + offset), the derivative of a paced score by S; `scores` stay as they are."""
+    return torch.mul(scores, pace.slope).add_(pace.offset).clamp_min_(0).mul_(pace.gain)
+
+
+def paced(scores: Tensor, pace: Paced, slope: Tensor, out: Tensor) -> Tensor:
+    """slope * (S - center), with the slope of `pace_slope`; `out` may be the scores themselves."""
+    return torch.sub(scores, pace.center, out=out).mul_(slope)

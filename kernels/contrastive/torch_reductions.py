@@ -1,28 +1,77 @@
-"""What the torch backend does with one panel of scores, for each reduction: its statistics and its gradient.
+"""What the torch backend makes of one panel of scores, for each reduction, in the forward.
 
-A reduction is two classes here: a *state*, which takes in panels and gives the result and what the backward must
-know (`dense` if it looks at every pair, else it is filled without the tiles), and a *gradient*, which turns a panel
-of scores into d(result . upstream gradient) / dS in place, or, if not dense, adds to it.
-Statistics of both directions are running (maximum, sum) pairs, in float32 or wider.
+A reduction is a *state* here, which takes in panels and gives the results and what the backward must know. It is `dense`
+if it looks at every pair, else it is filled without the tiles. Statistics of both directions are running sums and maxima,
+in float32 or wider. `torch_gradients` has the other half.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .operands import Operands, pair_scores
-from .reductions import Diagonal, LogSumExp, PairScore, SoftplusSum, rules_of
-from .torch_elementwise import exp_, finite, softplus
+from .reductions import (
+    Above,
+    Chosen,
+    Count,
+    Hinge,
+    LogSumExp,
+    Paced,
+    PairScore,
+    Served,
+    SoftmaxMean,
+    SoftplusSum,
+    Teacher,
+    rules_of,
+)
+from .torch_elementwise import exp_, finite, pace_slope, paced, softplus
+from .torch_largest import largest, merged
 from .torch_rules import Panel, Selection
 
+#: How many statistics, [owners] each, a reduction keeps for its backward, here and in the triton backend.
+STATISTICS: dict[type, int] = {
+    LogSumExp: 2,  # shift, and the sum of the exponentials of what is above it
+    SoftplusSum: 0,
+    PairScore: 0,
+    SoftmaxMean: 3,  # the same of the softmax, and the mean
+    Hinge: 0,
+    Count: 0,
+    Chosen: 0,
+}
 
-class _Pairs:
+
+def similarities(reduction: Served) -> set[Teacher | None]:
+    """The similarities that the forward of a reduction looks at: teachers, and None for S."""
+    if isinstance(reduction, PairScore):
+        return set()
+    found: set[Teacher | None] = set(compared(reduction))
+    if isinstance(reduction, SoftmaxMean):
+        return found | {reduction.of, reduction.under}
+    if isinstance(reduction, (LogSumExp, Chosen)):
+        return found | {taught(reduction)}
+    return found | {None}
+
+
+def compared(reduction: Served) -> set[None]:
+    """S, as the only member, if one of the reduction's rules compares it."""
+    if isinstance(reduction, PairScore):
+        return set()
+    positive = rules_of(reduction.positive) if isinstance(reduction, SoftplusSum) else ()
+    return {None for rule in (*positive, *rules_of(reduction.exclude)) if isinstance(rule, Above)}
+
+
+def taught(reduction: LogSumExp | Chosen) -> Teacher | None:
+    """The teacher that it is of, if any."""
+    return reduction.of if isinstance(reduction.of, Teacher) else None
+
+
+class Pairs:
     """Which pairs a reduction leaves out or counts as positive, and what the others weigh."""
 
-    def __init__(self, reduction: LogSumExp | SoftplusSum, dim: int) -> None:
+    def __init__(self, reduction: LogSumExp | SoftplusSum | SoftmaxMean | Hinge | Count, dim: int) -> None:
         self._exclude, self.weights, self._dim = rules_of(reduction.exclude), reduction.weights, dim
         self._positive = rules_of(reduction.positive) if isinstance(reduction, SoftplusSum) else ()
         self._zeros = None if self.weights is None else self.weights == 0
@@ -34,6 +83,10 @@ class _Pairs:
     def positive(self, panel: Panel) -> Selection | None:
         return Selection(self._positive, panel, self._dim) if self._positive else None
 
+    def of_owners(self, values: Tensor, panel: Panel) -> Tensor:
+        """The entries, of a vector along the owners, that belong to this panel, to broadcast over their pairs."""
+        return values[panel.owners(self._dim)].unsqueeze(self._dim)
+
     def sum(self, terms: Tensor, panel: Panel) -> Tensor:
         """The weighted sum of each owner."""
         if self.weights is None:
@@ -42,25 +95,55 @@ class _Pairs:
 
     def weigh_(self, gradient: Tensor, panel: Panel, coefficient: Tensor) -> None:
         """Times the owner's coefficient and the pair's weight."""
-        gradient.mul_(coefficient[panel.owners(self._dim)].unsqueeze(self._dim))
+        gradient.mul_(self.of_owners(coefficient, panel))
         if self.weights is not None:
             gradient.mul_(panel.along(self.weights, self._dim).unsqueeze(1 - self._dim))
 
 
-class _LogSumExpState:
-    """Running maximum and sum of exp(S - maximum), as in the online softmax (arXiv:1805.02867)."""
+class State(Protocol):
+    """What every reduction is made from: `state(reduction, dim, operands)`, dim 1 for rows, 0 for columns."""
 
-    dense = True
+    dense: bool
+    #: Whether its panels are to be some whole columns of a tile, and not some whole rows.
+    by_strip: bool
 
-    def __init__(self, reduction: LogSumExp, dim: int, operands: Operands) -> None:
-        self.pairs, self.dim = _Pairs(reduction, dim), dim
+    def fill(self, budget: int) -> None:
+        """Find the results without the tiles, if not dense."""
+
+    def update(self, panel: Panel, scratch: Tensor) -> None:
+        """Take in a panel, if dense. `scratch` has its shape and may be overwritten; the panel may not."""
+
+    def results(self) -> list[Tensor]: ...
+
+    def statistics(self) -> list[Tensor]: ...
+
+
+class _Dense:
+    dense, by_strip = True, False
+
+    def fill(self, budget: int) -> None:
+        raise NotImplementedError("a dense reduction is filled by its panels")
+
+    def statistics(self) -> list[Tensor]:
+        return []
+
+
+class _Softmax(_Dense):
+    """Running maximum and sum of exp(score - maximum), as in the online softmax (arXiv:1805.02867)."""
+
+    def __init__(self, reduction: LogSumExp | SoftmaxMean, dim: int, operands: Operands) -> None:
+        self.pairs, self.dim = Pairs(reduction, dim), dim
         self.maximum = operands.scale.new_full((operands.length(dim),), -torch.inf)
         self.total = torch.zeros_like(self.maximum)
 
+    def scores(self, panel: Panel, scratch: Tensor) -> Tensor:
+        """What is exponentiated: of the panel itself, or written to the scratch."""
+        raise NotImplementedError
+
     def update(self, panel: Panel, scratch: Tensor) -> None:
-        excluded, scores = self.pairs.excluded(panel), panel.scores
+        excluded, scores = self.pairs.excluded(panel), self.scores(panel, scratch)
         if excluded is not None:
-            scores = scratch.copy_(panel.scores)
+            scores = scratch if scores is scratch else scratch.copy_(scores)
             excluded.fill_(scores, -torch.inf)
         owners = panel.owners(self.dim)
         maximum = torch.maximum(self.maximum[owners], scores.amax(self.dim))
@@ -68,47 +151,134 @@ class _LogSumExpState:
         terms = exp_(torch.sub(scores, shift.unsqueeze(self.dim), out=scratch))
         if excluded is not None:
             excluded.fill_(terms, 0)
-        total = self.total[owners]
-        total.mul_(self.maximum[owners].sub_(shift).exp_()).add_(self.pairs.sum(terms, panel))
+        self.add(terms, self.maximum[owners].sub_(shift).exp_(), panel)
         self.maximum[owners] = maximum
 
-    def _sum(self) -> Tensor:
-        return self.total.masked_fill(self.maximum == -torch.inf, 0)
+    def add(self, terms: Tensor, decay: Tensor, panel: Panel) -> None:
+        """Take in exponentials, after what is there has decayed by the rise of the maximum."""
+        self.total[panel.owners(self.dim)].mul_(decay).add_(self.pairs.sum(terms, panel))
 
-    def result(self) -> Tensor:
-        return self._sum().log_().add_(finite(self.maximum))
+    def sum(self) -> Tensor:
+        return self.total.masked_fill(self.maximum == -torch.inf, 0)
 
     def statistics(self) -> list[Tensor]:
         # The pair, not the log-sum-exp: rounding the latter would cost a relative 4e-6 in each weight at S = 100.
-        return [finite(self.maximum), self._sum()]
+        return [finite(self.maximum), self.sum()]
 
 
-class _SoftplusSumState:
-    dense = True
+class _LogSumExp(_Softmax):
+    def __init__(self, reduction: LogSumExp, dim: int, operands: Operands) -> None:
+        super().__init__(reduction, dim, operands)
+        self.of = reduction.of
 
-    def __init__(self, reduction: SoftplusSum, dim: int, operands: Operands) -> None:
-        self.pairs, self.dim = _Pairs(reduction, dim), dim
+    def scores(self, panel: Panel, scratch: Tensor) -> Tensor:
+        if isinstance(self.of, Paced):
+            return paced(panel.scores, self.of, pace_slope(panel.scores, self.of), out=scratch)
+        return panel.of(self.of)
+
+    def results(self) -> list[Tensor]:
+        return [self.sum().log_().add_(finite(self.maximum))]
+
+
+class _SoftmaxMean(_Softmax):
+    """Beside the sum of the exponentials that of the exponentials times A, under the same maximum."""
+
+    def __init__(self, reduction: SoftmaxMean, dim: int, operands: Operands) -> None:
+        super().__init__(reduction, dim, operands)
+        self.reduction = reduction
+        self.averaged = torch.zeros_like(self.total)
+
+    def scores(self, panel: Panel, scratch: Tensor) -> Tensor:
+        under, sharpness = panel.of(self.reduction.under), self.reduction.sharpness
+        return under if sharpness == 1 else torch.mul(under, sharpness, out=scratch)
+
+    def add(self, terms: Tensor, decay: Tensor, panel: Panel) -> None:
+        super().add(terms, decay, panel)
+        terms.mul_(panel.of(self.reduction.of))
+        self.averaged[panel.owners(self.dim)].mul_(decay).add_(self.pairs.sum(terms, panel))
+
+    def mean(self) -> Tensor:
+        total = self.sum()
+        return (self.averaged / total).masked_fill_(total == 0, 0)
+
+    def results(self) -> list[Tensor]:
+        return [self.mean()]
+
+    def statistics(self) -> list[Tensor]:
+        return [*super().statistics(), self.mean()]
+
+
+class _Sum(_Dense):
+    """A sum of terms, each of one score."""
+
+    def __init__(self, reduction: SoftplusSum | Hinge | Count, dim: int, operands: Operands) -> None:
+        self.pairs, self.dim = Pairs(reduction, dim), dim
         self.total = operands.scale.new_zeros(operands.length(dim))
 
+    def terms(self, panel: Panel, scratch: Tensor) -> Tensor:
+        """Those of all pairs, written to the scratch."""
+        raise NotImplementedError
+
     def update(self, panel: Panel, scratch: Tensor) -> None:
-        excluded, positive, scores = self.pairs.excluded(panel), self.pairs.positive(panel), panel.scores
+        excluded, terms = self.pairs.excluded(panel), self.terms(panel, scratch)
+        if excluded is not None:
+            excluded.fill_(terms, 0)
+        self.total[panel.owners(self.dim)].add_(self.pairs.sum(terms, panel))
+
+    def results(self) -> list[Tensor]:
+        return [self.total]
+
+
+class _SoftplusSum(_Sum):
+    def terms(self, panel: Panel, scratch: Tensor) -> Tensor:
+        positive, scores = self.pairs.positive(panel), panel.scores
         if positive is not None:
             scores = scores.clone()
             positive.negate_(scores)
-        losses = softplus(scores, out=scratch)
-        if excluded is not None:
-            excluded.fill_(losses, 0)
-        self.total[panel.owners(self.dim)].add_(self.pairs.sum(losses, panel))
-
-    def result(self) -> Tensor:
-        return self.total
-
-    def statistics(self) -> list[Tensor]:
-        return []
+        return softplus(scores, out=scratch)
 
 
-class _PairScoreState:
-    dense = False
+class _Hinge(_Sum):
+    def __init__(self, reduction: Hinge | Count, dim: int, operands: Operands) -> None:
+        super().__init__(reduction, dim, operands)
+        self.thresholds = reduction.thresholds
+
+    def terms(self, panel: Panel, scratch: Tensor) -> Tensor:
+        return torch.sub(panel.scores, self.pairs.of_owners(self.thresholds, panel), out=scratch).clamp_min_(0)
+
+
+class _Count(_Hinge):
+    def terms(self, panel: Panel, scratch: Tensor) -> Tensor:
+        return torch.gt(panel.scores, self.pairs.of_owners(self.thresholds, panel), out=scratch)
+
+
+class _Chosen(_Dense):
+    """The k largest so far. Panels come in ascending order of the pairs, which decides among equals."""
+
+    def __init__(self, reduction: Chosen, dim: int, operands: Operands) -> None:
+        self.exclude, self.of, self.k, self.dim = rules_of(reduction.exclude), taught(reduction), reduction.k, dim
+        self.by_strip = dim == 0  # a column's list is merged once for each tile, not for each few rows of it
+        self.values = operands.scale.new_full((operands.length(dim), self.k), -torch.inf)
+        self.indices = torch.full_like(self.values, -1, dtype=torch.int64)
+
+    def update(self, panel: Panel, scratch: Tensor) -> None:
+        scores = panel.of(self.of)
+        if self.exclude or self.dim == 0:
+            excluded, scores = Selection(self.exclude, panel, self.dim), scratch.copy_(scores)
+            excluded.fill_(scores, -torch.inf)
+        owners, first = panel.owners(self.dim), panel.owners(1 - self.dim).start
+        values, indices = largest(scores if self.dim == 1 else scores.T, self.k)
+        indices = (indices + first).masked_fill_(values == -torch.inf, -1)
+        self.values[owners], self.indices[owners] = merged(
+            self.values[owners], self.indices[owners], values, indices, self.k
+        )
+
+    def results(self) -> list[Tensor]:
+        return [self.values, self.indices]
+
+
+class _PairScore:
+    dense, by_strip = False, False
 
     def __init__(self, reduction: PairScore, dim: int, operands: Operands) -> None:
         self.pair, self.dim, self.operands = reduction.pair, dim, operands
@@ -117,76 +287,28 @@ class _PairScoreState:
         scores = pair_scores(self.operands, self.pair, self.dim, budget)
         self.scores = scores.to(self.operands.scale.dtype)
 
-    def result(self) -> Tensor:
-        return self.scores
+    def update(self, panel: Panel, scratch: Tensor) -> None:
+        raise NotImplementedError("a pair's score needs no panel")
+
+    def results(self) -> list[Tensor]:
+        return [self.scores]
 
     def statistics(self) -> list[Tensor]:
         return []
 
 
-class _LogSumExpGradient:
-    """dLSE_i / dS_ij = w_j exp(S_ij - LSE_i), and 0 for an excluded pair."""
-
-    dense = True
-
-    def __init__(self, reduction: LogSumExp, dim: int, grad: Tensor, statistics: list[Tensor]) -> None:
-        self.pairs, self.dim = _Pairs(reduction, dim), dim
-        self.maximum, total = statistics
-        self.coefficient = (grad / total).masked_fill_(total == 0, 0)
-
-    def apply_(self, panel: Panel) -> None:
-        excluded = self.pairs.excluded(panel)
-        exp_(panel.scores.sub_(self.maximum[panel.owners(self.dim)].unsqueeze(self.dim)))
-        if excluded is not None:
-            excluded.fill_(panel.scores, 0)
-        self.pairs.weigh_(panel.scores, panel, self.coefficient)
-
-
-class _SoftplusSumGradient:
-    """d softplus(-z S) / dS = -z sigmoid(-z S)."""
-
-    dense = True
-
-    def __init__(self, reduction: SoftplusSum, dim: int, grad: Tensor, statistics: list[Tensor]) -> None:
-        self.pairs, self.grad = _Pairs(reduction, dim), grad
-
-    def apply_(self, panel: Panel) -> None:
-        excluded, positive = self.pairs.excluded(panel), self.pairs.positive(panel)
-        if positive is not None:
-            positive.negate_(panel.scores)
-        panel.scores.sigmoid_()
-        if positive is not None:
-            positive.negate_(panel.scores)
-        if excluded is not None:
-            excluded.fill_(panel.scores, 0)
-        self.pairs.weigh_(panel.scores, panel, self.grad)
-
-
-class _PairScoreGradient:
-    dense = False
-
-    def __init__(self, reduction: PairScore, dim: int, grad: Tensor, statistics: list[Tensor]) -> None:
-        self.pair, self.dim, self.grad = reduction.pair, dim, grad
-
-    def apply_(self, panel: Panel) -> None:
-        if isinstance(self.pair, Diagonal):
-            offset = self.pair.offset
-            start = max(panel.rows.start, panel.cols.start - offset)
-            pairs = panel.diagonal(self.pair)
-            first = start if self.dim == 1 else start + offset
-            pairs.add_(self.grad[first : first + len(pairs)])
-        else:
-            columns, inside = panel.targets(self.pair)
-            panel.scores.scatter_add_(1, columns, self.grad[panel.rows].unsqueeze(1).masked_fill(~inside, 0))
-
-
-#: Of each reduction: `state(reduction, dim, operands)`, dim 1 for rows, 0 for columns.
-STATES: dict[type, Any] = {LogSumExp: _LogSumExpState, SoftplusSum: _SoftplusSumState, PairScore: _PairScoreState}
-#: `gradient(reduction, dim, upstream gradient, statistics)`.
-GRADIENTS: dict[type, Any] = {
-    LogSumExp: _LogSumExpGradient,
-    SoftplusSum: _SoftplusSumGradient,
-    PairScore: _PairScoreGradient,
+_STATES: dict[type, type] = {
+    LogSumExp: _LogSumExp,
+    SoftplusSum: _SoftplusSum,
+    PairScore: _PairScore,
+    SoftmaxMean: _SoftmaxMean,
+    Hinge: _Hinge,
+    Count: _Count,
+    Chosen: _Chosen,
 }
-#: How many statistics each keeps for its backward, here and in the triton backend.
-STATISTICS: dict[type, int] = {LogSumExp: 2, SoftplusSum: 0, PairScore: 0}
+
+
+def state_of(reduction: Served, dim: int, operands: Operands) -> State:
+    """An empty state. dim: 1 for a reduction of rows, 0 for one of columns."""
+    state: State = _STATES[type(reduction)](reduction, dim, operands)
+    return state

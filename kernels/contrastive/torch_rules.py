@@ -6,21 +6,40 @@ mask of the panel's own size, which stays in cache like the panel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from .reductions import Above, ColumnRange, Diagonal, DifferentId, PairRule, SameId, Target
+from .reductions import Above, ColumnRange, Diagonal, DifferentId, PairRule, SameId, Target, Teacher
 
 
 @dataclass
 class Panel:
-    """Scores of rows `rows` against columns `cols`, and where they lie in S."""
+    """Scores of rows `rows` against columns `cols`, and where they lie in S; of the same pairs, the teachers' scores.
+
+    Where nothing looks at S itself its scores are not made, and may be anything.
+    """
 
     scores: Tensor
     rows: slice
     cols: slice
+    taught: dict[Teacher, Tensor] = field(default_factory=dict)
+
+    def of(self, teacher: Teacher | None) -> Tensor:
+        """The scores of a teacher, or, for None, those of S."""
+        return self.scores if teacher is None else self.taught[teacher]
+
+    def part(self, rows: slice, cols: slice) -> Panel:
+        """Rows and columns counted from the panel's first."""
+        first, left = self.rows.start, self.cols.start
+        scores = self.scores[rows, cols]
+        return Panel(
+            scores,
+            slice(first + rows.start, first + rows.start + scores.shape[0]),
+            slice(left + cols.start, left + cols.start + scores.shape[1]),
+            {teacher: each[rows, cols] for teacher, each in self.taught.items()},
+        )
 
     def diagonal(self, pair: Diagonal, scores: Tensor | None = None) -> Tensor:
         """View of the entries, of the panel's scores or of others of its shape, at the pairs of `pair`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from similarity_cases import Case, cancelling_sizes, outcome, pair_gradients, ra
 CASES = 320
 #: As many of them run in Triton's interpreter, which takes a tenth of a second for each.
 TRITON_CASES = 200
+#: The same of the cases with every reduction.
+RICHER_CASES, RICHER_TRITON_CASES = 120, 60
 #: (floor, factor): an error may be as large as the floor, or the factor times the error of dense float32. Triton keeps
 #: scores in base 2, which is one more rounding, of a score, than dense float32 has.
 BOUNDS = {"torch": (2e-6, 2.0), "cpp": (2e-6, 2.0), "triton": (5e-6, 1.5)}
@@ -47,11 +50,12 @@ def portable_product(portable: bool) -> Iterator[None]:
         torch.ops.pairtile.use_portable_product(before)
 
 
-def contenders(seed: int) -> list[tuple[str, bool]]:
-    """(backend, whether cpp's portable tile product is used)."""
+def contenders(interpreted: bool) -> list[tuple[str, bool]]:
+    """(backend, whether cpp's portable tile product is used), of those that PAIRTILE_TEST_BACKENDS names if it is set."""
     built = [] if operators_obstacle() else [("cpp", False), ("cpp", True)]
-    interpreted = [("triton", False)] if seed < TRITON_CASES and find_spec("triton") is not None else []
-    return [("torch", False), *built, *interpreted]
+    triton = [("triton", False)] if interpreted and find_spec("triton") is not None else []
+    wanted = os.environ.get("PAIRTILE_TEST_BACKENDS", "torch,cpp,triton").split(",")
+    return [each for each in [("torch", False), *built, *triton] if each[0] in wanted]
 
 
 # ---- dense PyTorch -------------------------------------------------------------------------------
@@ -90,7 +94,15 @@ def relative_error(given: Tensor, truth: Tensor, size: float) -> float:
 
 @pytest.mark.parametrize("seed", range(CASES))
 def test_no_worse_than_dense_float32(seed):
-    case = random_case(seed)
+    assert_no_worse_than_dense_float32(random_case(seed), contenders(seed < TRITON_CASES))
+
+
+@pytest.mark.parametrize("seed", range(RICHER_CASES))
+def test_every_reduction_is_no_worse_than_dense_float32(seed):
+    assert_no_worse_than_dense_float32(random_case(seed, richer=True), contenders(seed < RICHER_TRITON_CASES))
+
+
+def assert_no_worse_than_dense_float32(case: Case, backends: list[tuple[str, bool]]) -> None:
     with use_backend("reference"):
         truth = outcome(case, case.to(torch.float64))
     sizes = cancelling_sizes(case)
@@ -100,7 +112,7 @@ def test_no_worse_than_dense_float32(seed):
         for name, error in dense_16_bit_errors(case, truth, sizes).items():
             # Two ways of rounding the same numbers differ in luck; half an eps is the rounding of dx itself.
             rounding[name] = max(error * 1.2, torch.finfo(dtype).eps / 2)
-    for backend, portable in contenders(seed):
+    for backend, portable in backends:
         with use_backend(backend), portable_product(portable):
             found = outcome(case, case.operands)
         floor, factor = BOUNDS[backend]

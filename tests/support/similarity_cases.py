@@ -257,17 +257,73 @@ def pair_gradients(case: Case, dtype: torch.dtype) -> Tensor:
     return torch.autograd.grad(total, scores)[0]
 
 
+def softmax_weights(case: Case, reduction: SoftmaxMean, dim: int) -> Tensor:
+    """p_ij of a SoftmaxMean, in float64: what it is differentiated to where S is averaged under a teacher."""
+    scores = dense_scores(case, torch.float64).requires_grad_()
+    under = as_teacher(similarity(case, reduction.under))
+    asked = [SoftmaxMean(None, under, reduction.sharpness, reduction.exclude, reduction.weights)]
+    with use_backend("reference"):
+        (means,) = reduce_scores(scores, asked, []) if dim == 1 else reduce_scores(scores, [], asked)
+    return torch.autograd.grad(means.sum() + 0 * scores.sum(), scores)[0]
+
+
+def similarity(case: Case, teacher: Teacher | None) -> Tensor:
+    """S, or that of a teacher, in float64."""
+    if teacher is None:
+        return dense_scores(case, torch.float64)
+    scale = torch.as_tensor(teacher.scale).double()
+    return (scale[:, None] if scale.dim() else scale) * (teacher.x.double() @ teacher.y.double().T)
+
+
+def as_teacher(matrix: Tensor) -> Teacher:
+    return Teacher(matrix, torch.eye(matrix.shape[1], dtype=matrix.dtype))
+
+
 def cancelling_sizes(case: Case) -> dict[str, float]:
-    """Gradients that pass through zero are measured against the sum of the absolute values of their terms."""
+    """Results and gradients whose terms cancel are measured against the sum of the absolute values of their terms.
+
+    The gradients of scale and biases pass through zero, and so does the mean of a similarity of both signs. A hinge is
+    S_ij - threshold_i, its gradient y_j - y_own: little is left of either where the two are close. And the gradient
+    through the softmax of a mean is A_ij - mean_i, of two numbers that are equal where the softmax is all on one pair.
+    """
+    requests = [(1, each) for each in case.rows] + [(0, each) for each in case.cols]
     gradient = pair_gradients(case, torch.float64).abs()
-    cosines = (case.operands[0].double() @ case.operands[1].double().T).abs()
-    terms = gradient * cosines
-    return {
-        "dscale": float(terms.sum(1).norm() if case.operands[2].dim() else terms.sum()),
+    sizes, cancelling = {}, torch.zeros_like(gradient)
+    for k, ((dim, reduction), upstream) in enumerate(zip(requests, case.upstream, strict=True)):
+        if isinstance(reduction, HingeSum):
+            sizes[f"result {k}"] = hinge_size(case, reduction, dim)
+            alone = ([reduction], []) if dim == 1 else ([], [reduction])
+            cancelling += pair_gradients(Case(case.operands, *alone, [upstream]), torch.float64).abs()
+        elif isinstance(reduction, SoftmaxMean):
+            weights, averaged = softmax_weights(case, reduction, dim), similarity(case, reduction.of)
+            sizes[f"result {k}"] = float((weights * averaged.abs()).sum(dim).norm())
+            if reduction.under is None:
+                means = (weights * averaged).sum(dim, keepdim=True)
+                terms = weights * (averaged.abs() + means.abs()) * abs(reduction.sharpness)
+                cancelling += terms * upstream.double().abs().unsqueeze(dim)
+    x, y, scale = (each.double() for each in case.operands[:3])
+    column = (scale[:, None] if scale.dim() else scale).abs()
+    gradient = torch.maximum(gradient, cancelling)
+    terms = gradient * (x @ y.T).abs()
+    return sizes | {
+        "dx": float((column * (cancelling @ y.abs())).norm()),
+        "dy": float((cancelling.T @ (column * x.abs())).norm()),
+        "dscale": float(terms.sum(1).norm() if scale.dim() else terms.sum()),
         "dbias": float(gradient.sum()),
         "drow_bias": float(gradient.sum(1).norm()),
         "dcol_bias": float(gradient.sum(0).norm()),
     }
+
+
+def hinge_size(case: Case, reduction: HingeSum, dim: int) -> float:
+    """The norm of sum_j w_j (|S_ij - threshold_i| + 2 |threshold_i|) over the pairs that count."""
+    asked = (reduction.pair, reduction.exclude, reduction.weights)
+    reductions = [reduction, CountAbove(-reduction.margin, *asked), PairScore(reduction.pair)]
+    scores = dense_scores(case, torch.float64)
+    with use_backend("reference"):
+        hinge, count, own = reduce_scores(scores, reductions, []) if dim == 1 else reduce_scores(scores, [], reductions)
+    threshold = (own - reduction.margin).abs().masked_fill(own.isinf(), 0)
+    return float((hinge + 2 * threshold * count).norm())
 
 
 def outcome(case: Case, operands: list[Tensor | None]) -> dict[str, Tensor]:

@@ -68,10 +68,7 @@ class VicinityMixLoss(TwoDirectionLoss):
         check_scalar("logit_scale", logit_scale)
         n, device = image_features.shape[0], image_features.device
         check_indices(perm, "perm", n, "sample", device)
-        if device.type == "cpu" and n and not 0 <= int(perm.min()) <= int(perm.max()) < n:
-            raise ValueError(
-                f"perm holds {int(perm.min())} to {int(perm.max())}: expected rows of the batch, 0 to {n - 1}"
-            )
+        _check_rows(perm, n)
         dtype = torch.promote_types(torch.promote_types(image_features.dtype, text_features.dtype), torch.float32)
         lam = vector(lam, "lam", n, "sample", dtype, device)
         given_away = torch.where(perm == torch.arange(n, device=device), 0, 1 - lam)
@@ -94,6 +91,17 @@ class VicinityMixLoss(TwoDirectionLoss):
             by_col = (1 - given_away + received) * cross_entropy(others, own) + changed
         loss = self._combined(by_row, by_col, batch)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _check_rows(perm: Tensor, n: int) -> None:
+    within = ((perm >= 0) & (perm < n)).all()
+    if torch.compiler.is_compiling() or perm.device.type != "cpu":
+        # Checked where the tensor is, without waiting for it.
+        torch._assert_async(within, f"perm: an entry is no row of the batch, 0 to {n - 1}")
+    elif not within:
+        raise ValueError(
+            f"perm holds {int(perm.min())} to {int(perm.max())}: expected rows of this rank's batch, 0 to {n - 1}"
+        )
 
 
 def vicinity_mix(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 
 import open_clip.loss
 import pytest
@@ -22,6 +24,7 @@ from pairtile.kernels import (
     ModXLoss,
     MomentumDistillationLoss,
     SDMLoss,
+    SoftClipLoss,
     SoftTargetLoss,
     VicinityMixLoss,
     use_backend,
@@ -269,7 +272,37 @@ def test_batches_that_do_not_fit_are_refused():
         MomentumDistillationLoss()(x, x, 1.0, x, torch.ones(3, 5))
     with pytest.raises(ValueError, match=r"locked_features has shape \[2, 4\]: expected \[3, any\]"):
         CWCLLoss()(x, x, 1.0, x[:2])
-    with pytest.raises(ValueError, match="perm holds 0 to 3: expected rows of the batch, 0 to 2"):
+    with pytest.raises(ValueError, match="perm holds 0 to 3: expected rows of this rank's batch"):
         VicinityMixLoss()(x, x, 1.0, torch.tensor([0, 3, 1]), torch.ones(3))
     with pytest.raises(ValueError, match=r"widths=\(2, 8\): the features have 4"):
         MatryoshkaLoss([2, 8])(x, x, 1.0)
+
+
+def test_the_dense_formulations_of_the_benchmarks(dense, embeddings):
+    file = Path(__file__).parents[2] / "benchmarks" / "dense_losses_lossb.py"
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    plain = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plain)
+    x, y = embeddings(10, 10, 6, cosine=0.3)
+    b, scale, widths = beside([10], 6), torch.tensor(7.0, dtype=torch.float64), (2, 6)
+    taught = [list(each) for each in zip(b.teacher, b.other_teacher)]
+    for ours, theirs in (
+        (DistillClipLoss()(x, y, scale, *taught, 9.0), plain.distill_clip_loss(x, y, scale, *taught, [9.0, 9.0])),
+        (
+            SoftTargetLoss(alpha=0.3)(x, y, scale, *b.teacher, 9.0),
+            plain.soft_target_loss(x, y, scale, *b.teacher, 9.0, 0.3),
+        ),
+        (SoftClipLoss()(x, y, scale, 5.0), plain.soft_clip_loss(x, y, scale, 5.0)),
+        (
+            MomentumDistillationLoss()(x, y, scale, *b.momentum, *b.queues),
+            plain.momentum_distillation_loss(x, y, scale, *b.momentum, *b.queues),
+        ),
+        (CWCLLoss()(x, y, scale), plain.cwcl_loss(x, y, scale)),
+        (SDMLoss()(x, y, scale, image_ids=b.ids), plain.sdm_loss(x, y, scale, b.ids)),
+        (ModXLoss()(x, y, scale, *b.teacher, 9.0), plain.mod_x_loss(x, y, scale, *b.teacher, 9.0)),
+        (VicinityMixLoss()(x, y, scale, b.perm, b.lam), plain.vicinity_mix_loss(x, y, scale, b.perm, b.lam)),
+        (CACRLoss()(x, y, image_ids=b.ids), plain.cacr_loss(x, y, b.ids)),
+        (AlignmentUniformityLoss()(x, y, scale), plain.alignment_uniformity_loss(x, y, scale)),
+        (MatryoshkaLoss(widths)(x, y, scale), plain.matryoshka_loss(x, y, scale, widths)),
+    ):
+        torch.testing.assert_close(ours, theirs)

@@ -1,26 +1,48 @@
 """Losses, one file each; every one is a few lines over the sums and reductions of `contrastive/`."""
 
+from .alignment_uniformity import AlignmentUniformityLoss
+from .cacr import CACRLoss
 from .clip import ClipLoss
 from .coca import CoCaLoss
+from .cwcl import CWCLLoss
 from .debiased import DebiasedContrastiveLoss
 from .decoupled import DecoupledContrastiveLoss
+from .distill import DistillClipLoss
 from .hard_negative import HardNegativeLoss
 from .linear_cross_entropy import linear_cross_entropy
+from .matryoshka import MatryoshkaLoss
+from .mod_x import ModXLoss
+from .momentum import MomentumDistillationLoss
 from .multi_positive import CircleLoss, MultiPositiveLoss
+from .sdm import SDMLoss
 from .siglip import SigLipLoss
 from .siglip_plus import SigLipPlusLoss
+from .soft_target import SoftClipLoss, SoftTargetLoss
 from .triplet import TripletLoss
+from .vicinity_mix import VicinityMixLoss, vicinity_mix
 
 __all__ = [
+    "AlignmentUniformityLoss",
+    "CACRLoss",
+    "CWCLLoss",
     "CircleLoss",
     "ClipLoss",
     "CoCaLoss",
     "DebiasedContrastiveLoss",
     "DecoupledContrastiveLoss",
+    "DistillClipLoss",
     "HardNegativeLoss",
+    "MatryoshkaLoss",
+    "ModXLoss",
+    "MomentumDistillationLoss",
     "MultiPositiveLoss",
+    "SDMLoss",
     "SigLipLoss",
     "SigLipPlusLoss",
+    "SoftClipLoss",
+    "SoftTargetLoss",
     "TripletLoss",
+    "VicinityMixLoss",
     "linear_cross_entropy",
+    "vicinity_mix",
 ]

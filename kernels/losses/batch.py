@@ -10,7 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..contrastive import Diagonal, DifferentId, Reduction, SameId, Teacher, similarity_reduce
+from ..contrastive.arguments import factor
 from ..distributed import Shards, gather, gather_ids
+from .positives import row_scores
 
 
 @dataclass(eq=False)
@@ -52,6 +54,8 @@ class View:
 
 #: What a loss asks of one direction of a view.
 Ask = Callable[[View], Sequence[Reduction]]
+#: Row bias and column bias of a view.
+Biases = Callable[[View], tuple[Tensor, Tensor]]
 
 
 @dataclass(eq=False)
@@ -140,6 +144,7 @@ class PairBatch:
         rows: Ask | None = None,
         cols: Ask | None = None,
         memory_budget: int | None = None,
+        biases_of: Biases | None = None,
         **biases: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Reductions of S = scale x y^T + bias: of this rank's rows over all columns, and of its columns over all rows.
@@ -147,6 +152,7 @@ class PairBatch:
         Args:
             scale, bias, memory_budget: as in `similarity_reduce`.
             rows, cols: what to ask; None: nothing of that direction.
+            biases_of: row and column bias as a function of a view's features, on any number of ranks.
             biases: row_bias, col_bias, one for each of this rank's x or y; on several ranks row_bias with `rows` alone,
                 col_bias with `cols` alone; none with extra candidates.
 
@@ -160,18 +166,29 @@ class PairBatch:
             x = self.x.with_extra(self.x_extra if cols is not None else None)
             y = self.y.with_extra(self.y_extra if rows is not None else None)
             view = self._view(x, y, 0, Diagonal())
-            of_rows, of_cols = _reduced(view, rows, cols, given)
+            of_rows, of_cols = _reduced(view, rows, cols, given, biases_of)
             return _first(of_rows, n), _first(of_cols, self.y.features.shape[0])
         all_x, all_y = self.whole
         start = self.shards.start
         of_rows = of_cols = ()
         if rows is not None:
             view = self._view(self.x, all_y.with_extra(self.y_extra), start, Diagonal(start))
-            of_rows, _ = _reduced(view, rows, None, given)
+            of_rows, _ = _reduced(view, rows, None, given, biases_of)
         if cols is not None:
             view = self._view(all_x.with_extra(self.x_extra), self.y, start, Diagonal(-start))
-            _, of_cols = _reduced(view, None, cols, given)
+            _, of_cols = _reduced(view, None, cols, given, biases_of)
         return of_rows, of_cols
+
+    def teacher_scores(self) -> list[Tensor]:
+        """T_ii of this rank's pairs by each teacher, [n], as exact as `PairScore`; no gradient."""
+        # In the dtype of the features, as the sweep multiplies them.
+        narrow = torch.promote_types(self.x.features.dtype, self.y.features.dtype)
+        dtype, device = torch.promote_types(narrow, torch.float32), self.x.features.device
+        with torch.no_grad():
+            return [
+                row_scores(x.to(narrow), y.to(narrow), factor(scale, "a teacher's logit scale", dtype, device))
+                for x, y, scale in zip(self.x.taught, self.y.taught, self.teacher_scales, strict=True)
+            ]
 
     def _view(self, x: Side, y: Side, start: int, own: Diagonal) -> View:
         teachers = tuple(
@@ -182,8 +199,10 @@ class PairBatch:
 
 
 def _reduced(
-    view: View, rows: Ask | None, cols: Ask | None, given: dict[str, object]
+    view: View, rows: Ask | None, cols: Ask | None, given: dict[str, object], biases_of: Biases | None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    if biases_of is not None:
+        given = given | dict(zip(("row_bias", "col_bias"), biases_of(view), strict=True))
     asked = {name: ask(view) for name, ask in (("rows", rows), ("cols", cols)) if ask is not None}
     return similarity_reduce(view.x, view.y, **given, **asked)  # type: ignore[arg-type]
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from .base import ContrastiveLoss
-from .batch import PairBatch
+from .batch import Ask, PairBatch
 from .clip import checked_weights
 
 
@@ -23,6 +24,21 @@ class TwoDirectionLoss(ContrastiveLoss):
     def __init__(self, *, direction_weights: tuple[float, float] = (0.5, 0.5), **options: Any) -> None:
         super().__init__(**options)
         self.direction_weights = checked_weights(direction_weights)
+
+    def _reduced(self, batch: PairBatch, ask: Ask, **given: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """`batch.reduce` where both directions ask the same; nothing of one that has weight 0."""
+        image_to_text, text_to_image = self.direction_weights
+        return batch.reduce(rows=ask if image_to_text else None, cols=ask if text_to_image else None, **given)
+
+    def _each(
+        self, formula: Callable[..., Tensor], reduced: tuple[tuple[Tensor, ...], tuple[Tensor, ...]]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """formula(*results) of the rows and of the columns; None for a direction of weight 0."""
+        of_images, of_texts = (
+            formula(*results) if weight else None
+            for weight, results in zip(self.direction_weights, reduced, strict=True)
+        )
+        return of_images, of_texts
 
     def _combined(self, of_images: Tensor | None, of_texts: Tensor | None, batch: PairBatch) -> Tensor:
         """The loss from the terms of this rank's images [n] and texts [m]; None for a direction of weight 0.

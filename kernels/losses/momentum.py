@@ -1,0 +1,110 @@
+"""The image-text contrastive loss of ALBEF: momentum targets, and queues of negatives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contrastive import Diagonal, Teacher, similarity_reduce
+from ..distributed import gather
+from .base import check_matrix, check_pairs, check_scalar
+from .batch import PairBatch, Side, View
+from .soft_target import SoftTargetLoss, soft_cross_entropy, soft_targets
+
+
+class MomentumDistillationLoss(SoftTargetLoss):
+    """Contrast with a momentum encoder's keys, against its own softmax (ALBEF, arXiv:2107.07651).
+
+    The candidates of an image are the texts as the momentum encoder embeds them, u_j, those of the batch and then those
+    of a queue; y the targets, T the momentum encoder's own similarities at the same temperature:
+
+        S_ij = logit_scale <image_i, u_j>,  T_ij = logit_scale <momentum_image_i, u_j>,
+        -sum_j y_ij log softmax_j(S_ij),    y_ij = alpha softmax_j(T_ij) + (1 - alpha) [i = j],
+
+    and the same for texts among momentum images. Gradients go to the batch's own embeddings and to the scale in S
+    alone. On several ranks the momentum features of all ranks are candidates, as of one process with the whole batch;
+    the authors' code has this rank's beside the queue.
+
+    Args:
+        alpha: weight of the momentum targets; the authors raise it from 0 to 0.4 in the first epoch, for which it is a
+            plain attribute. At 0 this is the contrastive loss of MoCo with both modalities.
+        direction_weights: (image to text, text to image). A direction of weight 0 is not computed.
+        options: rank, world_size, local_loss, group, strategy, reduction, as in `ClipLoss`.
+
+    Raises:
+        ValueError: options that this version does not have, or values outside their range.
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.4,
+        direction_weights: tuple[float, float] = (0.5, 0.5),
+        **options: Any,
+    ) -> None:
+        super().__init__(alpha=alpha, direction_weights=direction_weights, **options)
+
+    def forward(  # type: ignore[override]  # candidates besides the batch
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        momentum_image_features: Tensor,
+        momentum_text_features: Tensor,
+        image_queue: Tensor | None = None,
+        text_queue: Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss of a batch whose rows are aligned: image i belongs to text i.
+
+        Args:
+            image_features: [batch, D], normalised as the model defines it; any floating dtype.
+            text_features: [batch, D].
+            logit_scale: the factor itself, 1 / temperature; a float or a tensor of shape [] or [1].
+            momentum_image_features: [batch, D], of the same images by the momentum encoder.
+            momentum_text_features: [batch, D].
+            image_queue: [Q, D], momentum features of earlier images, which belong to no text; None: none. The same
+                on every rank, as what all ranks gather before they enqueue.
+            text_queue: [Q', D], the same of texts.
+            output_dict: return {"contrastive_loss": loss}.
+
+        Returns:
+            A scalar in float32 (float64 for float64 features); [batch] for reduction="none".
+
+        Raises:
+            ValueError, TypeError: shapes or dtypes that do not fit.
+        """
+        check_pairs(image_features, text_features)
+        check_scalar("logit_scale", logit_scale)
+        momentum = {
+            "momentum_image_features": momentum_image_features,
+            "momentum_text_features": momentum_text_features,
+        }
+        for name, features in momentum.items():
+            check_matrix(name, features)
+            if features.shape != image_features.shape:
+                raise ValueError(
+                    f"{name} has shape {list(features.shape)}: expected that of the batch, {list(image_features.shape)}"
+                )
+        for name, queue in (("image_queue", image_queue), ("text_queue", text_queue)):
+            if queue is not None:
+                check_matrix(name, queue, width=image_features.shape[1])
+        image_keys, text_keys = (features.detach() for features in momentum.values())
+        batch, (all_image_keys, all_text_keys) = gather(image_keys, text_keys, group=self._group())
+        sides = Side(image_features, taught=[image_keys]), Side(text_features, taught=[text_keys])
+        (teacher_own,) = PairBatch(*sides, teacher_scales=[logit_scale]).teacher_scores()
+
+        def terms_of(queries: Side, keys: Tensor, queue: Tensor | None) -> Tensor:
+            candidates = keys if queue is None else torch.cat([keys, queue.detach()])
+            teacher = Teacher(queries.taught[0], candidates, logit_scale)
+            view = View(queries.features, candidates, batch.start, Diagonal(batch.start), teachers=(teacher,))
+            results, _ = similarity_reduce(view.x, view.y, scale=logit_scale, rows=soft_targets(view))
+            one_hot, gap = soft_cross_entropy(results, [teacher_own])
+            return one_hot + self.alpha * gap
+
+        directions = ((sides[0], all_text_keys, text_queue), (sides[1], all_image_keys, image_queue))
+        terms = [weight * terms_of(*each) for weight, each in zip(self.direction_weights, directions) if weight]
+        loss = self._finish(torch.stack(terms).sum(0), batch)
+        return {"contrastive_loss": loss} if output_dict else loss

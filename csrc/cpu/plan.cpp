@@ -1,109 +1,53 @@
 #include "plan.h"
 
-#include <ATen/core/Tensor.h>
+#include <algorithm>
+
+#include "problem.h"
 
 namespace pairtile {
-namespace {
 
-class Reader {
- public:
-  Reader(at::IntArrayRef numbers, at::TensorList tensors, int64_t n, int64_t m, Plan& plan)
-      : numbers_(numbers), tensors_(tensors), n_(n), m_(m), plan_(plan) {}
+bool Reduction::weighs() const {
+  switch (kind) {
+    case Kind::kLogSumExp:
+      return of == kScores;
+    case Kind::kSoftmaxMean:
+      return of == kScores || under == kScores;
+    case Kind::kSoftplusSum:
+    case Kind::kHinge:
+      return true;
+    default:
+      return false;
+  }
+}
 
-  bool done() const { return at_ == numbers_.size(); }
+bool Reduction::reads(int64_t matrix, bool backward) const {
+  if (!dense() || (backward && !weighs())) {
+    return false;
+  }
+  const bool compares = std::any_of(exclude.begin(), exclude.end(), [](const Rule& rule) { return rule.is_above(); });
+  if (matrix == kScores && compares) {
+    return true;
+  }
+  if (kind != Kind::kSoftmaxMean) {
+    return matrix == of;
+  }
+  // d (sum_j p_ij S_ij) / dS_ij under a teacher's p is p itself.
+  return matrix == under || (matrix == of && !(backward && under != kScores));
+}
 
-  Reduction reduction() {
-    Reduction read;
-    read.by_row = next() == 1;
-    read.kind = static_cast<Kind>(next());
-    TORCH_CHECK(read.kind >= Kind::kLogSumExp && read.kind <= Kind::kPairScore, "plan: no reduction has the kind ",
-                static_cast<int64_t>(read.kind));
-    const int64_t weights = next();
-    const int64_t positive = next(), exclude = next();
-    if (weights >= 0) {
-      read.weights = data<float>(weights, at::kFloat, read.by_row ? m_ : n_);
+std::vector<int64_t> Plan::matrices(const Problem& problem, bool backward) const {
+  std::vector<int64_t> found;
+  for (int64_t matrix = 0; matrix <= static_cast<int64_t>(problem.teachers.size()); ++matrix) {
+    if (std::any_of(reductions.begin(), reductions.end(),
+                    [&](const Reduction& each) { return each.reads(matrix, backward); })) {
+      found.push_back(matrix);
     }
-    const int64_t of = next(), under = next();
-    next();
-    TORCH_CHECK(of < 0 && under < 0, "plan: the cpp backend has no teachers");
-    for (int64_t k = 0; k < positive; ++k) {
-      read.positive.push_back(rule(read.by_row));
-    }
-    for (int64_t k = 0; k < exclude; ++k) {
-      read.exclude.push_back(rule(read.by_row));
-    }
-    TORCH_CHECK(read.dense() || (read.positive.size() == 1 && read.positive[0].names_partner()),
-                "plan: a pair score needs one diagonal or target");
-    return read;
   }
+  return found;
+}
 
- private:
-  int64_t next() {
-    TORCH_CHECK(at_ < numbers_.size(), "plan: ends in the middle of a reduction");
-    return numbers_[at_++];
-  }
-
-  Rule rule(bool by_row) {
-    Rule read;
-    read.code = static_cast<RuleCode>(next());
-    const int64_t a = next(), b = next();
-    switch (read.code) {
-      case RuleCode::kDiagonal:
-        read.partner.offset = a;
-        break;
-      case RuleCode::kSameId:
-      case RuleCode::kDifferentId:
-        read.row_ids = data<int64_t>(a, at::kLong, n_);
-        read.col_ids = data<int64_t>(b, at::kLong, m_);
-        break;
-      case RuleCode::kColumnRange:
-        read.start = a;
-        read.stop = b;
-        break;
-      case RuleCode::kAboveDiagonal:
-        read.partner.offset = a;
-        read.thresholds = data<float>(b, at::kFloat, by_row ? n_ : m_);
-        break;
-      case RuleCode::kAboveTarget:
-        read.partner.targets = data<int64_t>(a, at::kLong, n_);
-        read.thresholds = data<float>(b, at::kFloat, by_row ? n_ : m_);
-        break;
-      case RuleCode::kTarget:
-        read.partner.targets = data<int64_t>(a, at::kLong, n_);
-        break;
-      default:
-        TORCH_CHECK(false, "plan: no rule has the code ", static_cast<int64_t>(read.code));
-    }
-    return read;
-  }
-
-  template <typename T>
-  const T* data(int64_t index, at::ScalarType type, int64_t length) {
-    TORCH_CHECK(index >= 0 && index < static_cast<int64_t>(tensors_.size()), "plan: no tensor ", index);
-    at::Tensor tensor = tensors_[index].to(type).contiguous();
-    TORCH_CHECK(tensor.numel() == length, "plan: tensor ", index, " has ", tensor.numel(), " entries, expected ",
-                length);
-    const T* pointer = tensor.const_data_ptr<T>();
-    plan_.keep_alive.push_back(std::move(tensor));
-    return pointer;
-  }
-
-  at::IntArrayRef numbers_;
-  at::TensorList tensors_;
-  int64_t n_, m_;
-  Plan& plan_;
-  size_t at_ = 0;
-};
-
-}  // namespace
-
-Plan decode_plan(at::IntArrayRef numbers, at::ArrayRef<double>, at::TensorList tensors, int64_t n, int64_t m) {
-  Plan plan;
-  Reader reader(numbers, tensors, n, m, plan);
-  while (!reader.done()) {
-    plan.reductions.push_back(reader.reduction());
-  }
-  return plan;
+bool Plan::weighs() const {
+  return std::any_of(reductions.begin(), reductions.end(), [](const Reduction& each) { return each.weighs(); });
 }
 
 const Reduction* Plan::first_dense() const {
@@ -138,6 +82,9 @@ bool Plan::uniform() const {
     const std::vector<Rule>& named = log_sum_exp ? each.exclude : each.positive;
     const std::vector<Rule>& other = log_sum_exp ? each.positive : each.exclude;
     const std::vector<Rule>& expected = log_sum_exp ? first->exclude : first->positive;
+    if (!(log_sum_exp || each.kind == Kind::kSoftplusSum) || each.of != kScores || !(each.pace == Pace())) {
+      return false;
+    }
     if (each.kind != first->kind || each.weights != nullptr || !other.empty() || named.size() > 1 ||
         ++of_axis[each.by_row] > 1 || named.size() != expected.size()) {
       return false;

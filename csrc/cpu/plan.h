@@ -9,7 +9,17 @@
 
 namespace pairtile {
 
-enum class Kind : int64_t { kLogSumExp = 0, kSoftplusSum = 1, kPairScore = 2 };
+struct Problem;
+
+enum class Kind : int64_t {
+  kLogSumExp = 0,
+  kSoftplusSum = 1,
+  kPairScore = 2,
+  kSoftmaxMean = 3,
+  kHinge = 4,
+  kCount = 5,
+  kChosen = 6,
+};
 
 // The one column that belongs to a row: row + offset, or an entry of `targets` (negative: none).
 struct Partner {
@@ -31,20 +41,49 @@ enum class RuleCode : int64_t {
 
 struct Rule {
   RuleCode code;
-  Partner partner;                  // kDiagonal, kTarget, kAbove*
-  const int64_t* row_ids = nullptr;  // kSameId, kDifferentId
-  const int64_t* col_ids = nullptr;
-  int64_t start = 0, stop = 0;          // kColumnRange
-  const float* thresholds = nullptr;    // kAbove*: one for each owner
+  Partner partner;                    // kDiagonal, kTarget, kAbove*
+  const int32_t* row_ids = nullptr;   // kSameId, kDifferentId: numbered anew where int32 does not hold them
+  const int32_t* col_ids = nullptr;
+  int64_t start = 0, stop = 0;        // kColumnRange
+  const float* thresholds = nullptr;  // kAbove*: one for each owner
   bool names_partner() const { return code == RuleCode::kDiagonal || code == RuleCode::kTarget; }
+  bool is_above() const { return code == RuleCode::kAboveDiagonal || code == RuleCode::kAboveTarget; }
+  bool operator==(const Rule& other) const {
+    return code == other.code && partner == other.partner && row_ids == other.row_ids && col_ids == other.col_ids &&
+           start == other.start && stop == other.stop && thresholds == other.thresholds;
+  }
 };
+
+// The exponent of a softmax as a function of a score: gain * relu(slope * S + offset) * (S - center). A sharpness k is
+// (k, 0, 1, 0).
+struct Pace {
+  float gain = 1, slope = 0, offset = 1, center = 0;
+  bool operator==(const Pace& other) const {
+    return gain == other.gain && slope == other.slope && offset == other.offset && center == other.center;
+  }
+};
+
+// Matrices by number: 0 is S, k the similarity of teacher k - 1.
+constexpr int64_t kScores = 0;
 
 struct Reduction {
   bool by_row;  // reduces a row (over j), or a column (over i)
   Kind kind;
   const float* weights = nullptr;  // along the reduced axis
   std::vector<Rule> positive, exclude;
+  int64_t of = kScores;                // what is summed up, averaged or chosen from
+  int64_t under = kScores;             // kSoftmaxMean: the matrix of the softmax
+  Pace pace;                           // kLogSumExp, kSoftmaxMean: of the exponents
+  const float* thresholds = nullptr;   // kHinge, kCount: one for each owner
+  int64_t k = 0;                       // kChosen
+
   bool dense() const { return kind != Kind::kPairScore; }
+  bool has_exponent() const { return kind == Kind::kLogSumExp || kind == Kind::kSoftmaxMean; }
+  int64_t exponent_matrix() const { return kind == Kind::kSoftmaxMean ? under : of; }
+  // Whether a gradient goes through the tiles. That of chosen scores is sparse, and not made here.
+  bool weighs() const;
+  // Whether the forward, or the backward, reads a matrix.
+  bool reads(int64_t matrix, bool backward) const;
 };
 
 struct Plan {
@@ -57,9 +96,16 @@ struct Plan {
   // The partner that a uniform plan leaves out (log-sum-exp) or counts as positive (softplus).
   std::optional<Partner> special() const;
   const Reduction* first_dense() const;
+  // The matrices that the forward, or the backward, reads, in ascending order.
+  std::vector<int64_t> matrices(const Problem& problem, bool backward) const;
+  // Whether a gradient goes through more than the pairs' own scores.
+  bool weighs() const;
 };
 
-// Checks lengths and dtypes; n and m are the numbers of rows and columns.
-Plan decode_plan(at::IntArrayRef numbers, at::ArrayRef<double> factors, at::TensorList tensors, int64_t n, int64_t m);
+// Checks lengths and dtypes, and adds the teachers to the problem.
+Plan decode_plan(at::IntArrayRef numbers, at::ArrayRef<double> factors, at::TensorList tensors, Problem& problem);
+
+// For each result, in their order, whether it has a gradient.
+std::vector<bool> differentiable_results(at::IntArrayRef numbers);
 
 }  // namespace pairtile

@@ -61,7 +61,27 @@ double largest_norm(const at::Tensor& features) {
   }
 }
 
+at::Tensor one_for_each_row(const at::Tensor& scale, int64_t n) {
+  TORCH_CHECK(scale.numel() == 1 || scale.numel() == n, "scale has ", scale.numel(), " entries: expected 1 or ", n);
+  return as_float(scale).reshape({-1}).expand({n}).contiguous();
+}
+
+double largest(const float* values, int64_t count) {
+  float found = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const float value = std::abs(values[k]);
+    found = value > found || std::isnan(value) ? value : found;
+  }
+  return found;
+}
+
 }  // namespace
+
+Features make_features(const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale) {
+  TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1) && x.scalar_type() == y.scalar_type(), "x ",
+              x.sizes(), " and y ", y.sizes(), ": expected [N, D] and [M, D], of one type");
+  return {x.contiguous(), y.contiguous(), one_for_each_row(scale, x.size(0))};
+}
 
 Problem make_problem(const at::Tensor& x, const at::Tensor& y, const at::Tensor& scale,
                      const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& row_bias,
@@ -72,9 +92,7 @@ Problem make_problem(const at::Tensor& x, const at::Tensor& y, const at::Tensor&
                   (x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16),
               "x is ", x.scalar_type(), ", y ", y.scalar_type(), ": expected one of float32, float16 and bfloat16");
   const int64_t n = x.size(0), m = y.size(0);
-  TORCH_CHECK(scale.numel() == 1 || scale.numel() == n, "scale has ", scale.numel(), " entries: expected 1 or ", n);
-  Problem problem{x.contiguous(), y.contiguous(), {}, {}, {}, n, m, x.size(1), budget};
-  problem.scale = as_float(scale).reshape({-1}).expand({n}).contiguous();
+  Problem problem{x.contiguous(), y.contiguous(), one_for_each_row(scale, n), {}, {}, n, m, x.size(1), budget, {}};
   problem.offset = at::zeros({n}, problem.scale.options());
   if (bias) {
     problem.offset.add_(as_float(*bias).reshape({}));
@@ -90,6 +108,14 @@ Problem make_problem(const at::Tensor& x, const at::Tensor& y, const at::Tensor&
   return problem;
 }
 
+int64_t Problem::total_depth() const {
+  int64_t depth = d;
+  for (const Features& teacher : teachers) {
+    depth += teacher.d();
+  }
+  return depth;
+}
+
 Tiles::Tiles(const Problem& problem, bool stores_panels) {
   rows = std::clamp<int64_t>(round_up(ceil_div(problem.n, 8), 16), kLeastRows, kTileRows);
   width = std::max<int64_t>(round_up(problem.m, 16), 16);
@@ -103,7 +129,7 @@ Tiles::Tiles(const Problem& problem, bool stores_panels) {
   }
   cols = std::min(kTileCols, width);
   // Very wide features: a block of them, packed, takes a quarter of the working memory at most.
-  while (cols > 16 && cols * problem.d * static_cast<int64_t>(sizeof(float)) > working_bytes(problem) / 4) {
+  while (cols > 16 && cols * problem.total_depth() * static_cast<int64_t>(sizeof(float)) > working_bytes(problem) / 4) {
     cols = round_up(cols / 2, 16);
   }
   chunks = ceil_div(problem.n, rows);
@@ -112,9 +138,9 @@ Tiles::Tiles(const Problem& problem, bool stores_panels) {
 
 int64_t working_bytes(const Problem& problem) { return std::min(problem.budget / 4, kWorkingBytes); }
 
-int64_t kept_chunks(const Problem& problem, const Tiles& tiles) {
-  const int64_t bytes = tiles.chunk_floats() * static_cast<int64_t>(sizeof(float));
-  return std::min(tiles.chunks, (problem.budget - working_bytes(problem)) / bytes);
+int64_t kept_chunks(const Problem& problem, const Tiles& tiles, int64_t matrices) {
+  const int64_t bytes = matrices * tiles.chunk_floats() * static_cast<int64_t>(sizeof(float));
+  return bytes == 0 ? 0 : std::min(tiles.chunks, (problem.budget - working_bytes(problem)) / bytes);
 }
 
 Bounds bounds_of(const Problem& problem) {
@@ -132,6 +158,19 @@ Bounds bounds_of(const Problem& problem) {
   }
   const double column = largest_norm(problem.y), bound = scale * largest_norm(problem.x) * column + offset;
   return {std::isfinite(bound) ? bound : none, column};
+}
+
+double largest_score(const Problem& problem, int64_t matrix) {
+  double bound;
+  if (matrix == kScores) {
+    bound = largest(problem.scales(), problem.n) * largest_norm(problem.x) * largest_norm(problem.y) +
+            largest(problem.offsets(), problem.n) + (problem.col_bias ? largest(problem.col_biases(), problem.m) : 0);
+  } else {
+    const Features& teacher = problem.teachers[matrix - 1];
+    bound = largest(teacher.scale.const_data_ptr<float>(), problem.n) * largest_norm(teacher.x) *
+            largest_norm(teacher.y);
+  }
+  return std::isfinite(bound) ? bound : std::numeric_limits<double>::infinity();
 }
 
 }  // namespace pairtile

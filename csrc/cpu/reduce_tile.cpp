@@ -1,31 +1,20 @@
 #include <cmath>
 
-#include "masks.h"
+#include "softmax_shift.h"
 #include "tile_work.h"
 
 namespace pairtile {
-namespace {
-
-float finite(float maximum) { return std::isinf(maximum) ? 0.0f : maximum; }
-
-// What a sum relative to the maximum `before` is multiplied by to be relative to `after`.
-double rescale(float before, float after) {
-  return before == after || before == -kInfinity ? 1.0 : std::exp(static_cast<double>(finite(before)) - finite(after));
-}
-
-bool is_log_sum_exp(const Running& running) { return running.reduction->kind == Kind::kLogSumExp; }
-
-}  // namespace
-
 Mode::Mode(const Problem& problem, const Plan& plan) : uniform(false), bounds{} {
-  if (!plan.uniform()) {
-    return;
+  if (plan.uniform()) {
+    // Sums of softplus never overflow where the scores do not.
+    const bool softplus_sum = plan.first_dense()->kind == Kind::kSoftplusSum;
+    bounds = bounds_of(problem);
+    uniform = bounds.score < (softplus_sum ? std::numeric_limits<double>::infinity() : kSafeScore);
+    special = plan.special();
   }
-  // Sums of softplus never overflow where the scores do not.
-  const bool softplus_sum = plan.first_dense()->kind == Kind::kSoftplusSum;
-  bounds = bounds_of(problem);
-  uniform = bounds.score < (softplus_sum ? std::numeric_limits<double>::infinity() : kSafeScore);
-  special = plan.special();
+  if (!uniform) {
+    shared = Shared(problem, plan);
+  }
 }
 
 void remove_special(const Mode& mode, Tile& tile, Removed& removed) {
@@ -54,24 +43,34 @@ PositiveTerm positive_term(const Removed::Pair& pair, const float* scale, const 
 
 Reducer::Reducer(const Problem& problem, const Plan& plan, const Tiles& tiles, const Mode& mode)
     : problem_(problem), plan_(plan), tiles_(tiles), mode_(mode) {
-  for (const Reduction& reduction : plan.reductions) {
-    Running each{&reduction, {}, {}};
-    if (reduction.dense()) {
-      const int64_t owners = reduction.by_row ? problem.n : problem.m;
-      each.maximum.assign(owners, mode.uniform ? 0.0f : -kInfinity);
+  for (size_t k = 0; k < plan.reductions.size(); ++k) {
+    const Reduction& reduction = plan.reductions[k];
+    Running each;
+    each.reduction = &reduction;
+    const int64_t owners = reduction.by_row ? problem.n : problem.m;
+    if (!mode.uniform) {
+      each.use = mode.shared.uses[k];
+    }
+    if (reduction.kind == Kind::kChosen) {
+      const int64_t partners = reduction.by_row ? problem.m : problem.n;
+      each.chooser = std::make_unique<Chooser>(reduction, owners, partners, tiles.cols);
+    } else if (reduction.dense()) {
       each.sum.assign(owners, 0.0);
+      each.weighted.assign(reduction.kind == Kind::kSoftmaxMean ? owners : 0, 0.0);
       each.slot = reduction.by_row ? -1 : slots_++;
+    }
+    if (reduction.has_exponent()) {
+      each.maximum.assign(owners, each.safe(mode) ? 0.0f : -kInfinity);
     }
     running_.push_back(std::move(each));
   }
 }
 
 void Reducer::reduce(Tile& tile, float* partial, int64_t stride, TileScratch& scratch) {
-  fill_padding(tile);
   if (mode_.uniform) {
     reduce_uniform(tile, partial, scratch);
   } else {
-    reduce_general(tile, partial, stride, scratch);
+    reduce_bands(tile, partial, stride, scratch);
   }
 }
 
@@ -82,11 +81,12 @@ void Reducer::reduce_uniform(Tile& tile, float* partial, TileScratch& scratch) {
       (each.reduction->by_row ? by_row : by_col) = &each;
     }
   }
+  fill_padding(tile);
   remove_special(mode_, tile, scratch.removed);
   const float* scale = problem_.scales() + tile.row0;
   const float* offset = problem_.offsets() + tile.row0;
   RowSums rows(scratch.lanes.data(), tile.rows);
-  float* columns = partial + tiles_.cols;
+  float* columns = Partial(partial, tiles_.cols).sums;
   auto sum = [&](auto f) {
     if (by_row != nullptr && by_col != nullptr) {
       sum_tile<true, true>(tile, scale, offset, &rows, columns, f);
@@ -118,96 +118,50 @@ void Reducer::reduce_uniform(Tile& tile, float* partial, TileScratch& scratch) {
   scratch.removed.restore();
 }
 
-void Reducer::reduce_general(const Tile& cosines, float* partial, int64_t stride, TileScratch& scratch) {
-  const int64_t size = tiles_.rows * tiles_.cols;
-  float* scores = scratch.general.data();
-  float* masked = scores + size;
-  scores_of(cosines, problem_.scales() + cosines.row0, problem_.offsets() + cosines.row0, problem_.col_biases(), scores);
-  for (Running& each : running_) {
-    if (!each.reduction->dense()) {
-      continue;
-    }
-    mask_tile(*each.reduction, cosines, scores, masked, masked + size);
-    Tile tile = cosines;
-    tile.data = masked;
-    if (each.reduction->by_row) {
-      reduce_rows(tile, each);
-    } else {
-      reduce_columns(tile, each, partial + each.slot * stride);
-    }
-  }
-}
-
-void Reducer::reduce_rows(const Tile& masked, Running& running) const {
-  const float* weights = running.reduction->weights == nullptr ? nullptr : running.reduction->weights + masked.col0;
-  const bool log_sum_exp = is_log_sum_exp(running);
-  for (int64_t r = 0; r < masked.rows; ++r) {
-    const float* row = masked.row(r);
-    float& maximum = running.maximum[masked.row0 + r];
-    double& sum = running.sum[masked.row0 + r];
-    float shift = 0;
-    if (log_sum_exp) {
-      Vec largest(maximum);
-      for (int64_t c = 0; c < masked.ld; c += kLanes) {
-        largest = at::vec::maximum(largest, Vec::loadu(row + c));
+void Reducer::reduce_bands(const Tile& tile, float* partial, int64_t stride, TileScratch& scratch) {
+  for (const Running& each : running_) {
+    if (each.slot >= 0) {
+      const Partial own(partial + each.slot * stride, tiles_.cols);
+      std::fill_n(own.maxima, tile.ld, -kInfinity);
+      if (each.weighted.empty()) {
+        std::fill_n(own.sums, tile.ld, 0.0f);
+      } else {
+        std::fill_n(own.exact_sums, tile.ld, 0.0);
+        std::fill_n(own.weighted, tile.ld, 0.0);
       }
-      const float raised = max_lanes(largest);
-      sum *= rescale(maximum, raised);
-      maximum = raised;
-      shift = finite(raised);
     }
-    Vec lanes(0.0f);
-    for (int64_t c = 0; c < masked.ld; c += kLanes) {
-      const Vec score = Vec::loadu(row + c);
-      Vec term = log_sum_exp ? exp(score - Vec(shift)) : softplus(score);
-      if (weights != nullptr) {
-        term = term * Vec::loadu(weights + c, std::clamp<int64_t>(masked.cols - c, 0, kLanes));
+  }
+  Band band(mode_.shared, tile, scratch.matrices, scratch.band.data(), scratch.columns.data());
+  for (int64_t first = 0; first < tile.rows; first += kBandRows) {
+    band.move_to(first);
+    for (Running& each : running_) {
+      if (each.reduction->dense()) {
+        reduce_band(band, mode_, each, {partial + std::max<int64_t>(each.slot, 0) * stride, tiles_.cols});
       }
-      lanes = lanes + term;
     }
-    sum += std::isnan(maximum) ? maximum : sum_lanes(lanes);  // a NaN does not survive exp
   }
 }
 
-void Reducer::reduce_columns(const Tile& masked, const Running& running, float* maxima) const {
-  const float* weights = running.reduction->weights == nullptr ? nullptr : running.reduction->weights + masked.row0;
-  const bool log_sum_exp = is_log_sum_exp(running);
-  float* sums = maxima + tiles_.cols;
-  for (int64_t c = 0; c < masked.ld; c += kLanes) {
-    Vec largest(log_sum_exp ? -kInfinity : 0.0f);
-    for (int64_t r = 0; r < masked.rows && log_sum_exp; ++r) {
-      largest = at::vec::maximum(largest, Vec::loadu(masked.row(r) + c));
+void Reducer::merge(Running& running, float* partial, int64_t column, int64_t count) const {
+  const Partial of_tile(partial, tiles_.cols);
+  const bool shifted = running.reduction->has_exponent() && !running.safe(mode_);
+  auto add = [&](double* sums, const auto* added) {
+    for (int64_t c = 0; c < count && !shifted; ++c) {
+      sums[c] += added[c];
     }
-    const Vec shift = Vec::blendv(largest, Vec(0.0f), largest.abs() == Vec(kInfinity));
-    Vec sum(0.0f);
-    for (int64_t r = 0; r < masked.rows; ++r) {
-      const Vec score = Vec::loadu(masked.row(r) + c);
-      const Vec term = log_sum_exp ? exp(score - shift) : softplus(score);
-      sum = sum + (weights != nullptr ? term * Vec(weights[r]) : term);
+    for (int64_t c = 0; c < count && shifted; ++c) {
+      const float before = running.maximum[column + c], raised = larger(before, of_tile.maxima[c]);
+      sums[c] = sums[c] * rescale(before, raised) + added[c] * rescale(of_tile.maxima[c], raised);
     }
-    largest.store(maxima + c);
-    sum.store(sums + c);
+  };
+  if (running.weighted.empty()) {
+    add(running.sum.data() + column, of_tile.sums);
+  } else {
+    add(running.sum.data() + column, of_tile.exact_sums);
+    add(running.weighted.data() + column, of_tile.weighted);
   }
-}
-
-void Reducer::merge(Running& running, const float* partial, int64_t column, int64_t count) const {
-  const float* maxima = partial;
-  const float* sums = partial + tiles_.cols;
-  double* sum = running.sum.data() + column;
-  if (mode_.uniform || !is_log_sum_exp(running)) {
-    for (int64_t c = 0; c < count; ++c) {
-      sum[c] += sums[c];
-    }
-    return;
-  }
-  for (int64_t c = 0; c < count; ++c) {
-    float& maximum = running.maximum[column + c];
-    const float raised = std::isnan(maxima[c]) || maxima[c] > maximum ? maxima[c] : maximum;
-    sum[c] = sum[c] * rescale(maximum, raised) + sums[c] * rescale(maxima[c], raised);
-    maximum = raised;
-    if (std::isnan(raised)) {
-      sum[c] = raised;
-    }
+  for (int64_t c = 0; c < count && shifted; ++c) {
+    running.maximum[column + c] = larger(running.maximum[column + c], of_tile.maxima[c]);
   }
 }
 
@@ -215,11 +169,17 @@ std::vector<Statistics> Reducer::statistics(int64_t begin, int64_t end) const {
   std::vector<Statistics> all;
   for (const Running& each : running_) {
     Statistics known;
-    if (each.reduction->dense()) {
-      const int64_t first = each.reduction->by_row ? begin : 0, last = each.reduction->by_row ? end : problem_.m;
-      for (int64_t i = first; i < last; ++i) {
-        known.shift.push_back(is_log_sum_exp(each) ? finite(each.maximum[i]) : 0.0);
-        known.sum.push_back(each.sum[i]);
+    if (each.chooser != nullptr) {
+      known.scores = each.chooser->scores;
+      known.indices = each.chooser->indices;
+    }
+    const int64_t first = each.reduction->by_row ? begin : 0, last = each.reduction->by_row ? end : problem_.m;
+    for (int64_t i = first; i < last && !each.sum.empty(); ++i) {
+      const float maximum = each.maximum.empty() ? 0.0f : each.maximum[i];
+      known.shift.push_back(finite(maximum));
+      known.sum.push_back(std::isnan(maximum) ? maximum : each.sum[i]);  // a NaN does not survive exp
+      if (!each.weighted.empty()) {
+        known.mean.push_back(known.sum.back() == 0 ? 0.0 : each.weighted[i] / known.sum.back());
       }
     }
     all.push_back(std::move(known));

@@ -11,15 +11,19 @@
 
 namespace pairtile {
 
-// What a dense reduction knows of each owner: a log-sum-exp is shift + log(sum), a softplus sum is sum.
+// What a dense reduction knows of each owner: a log-sum-exp is shift + log(sum), other sums are sum.
 struct Statistics {
   std::vector<double> shift, sum;
+  std::vector<double> mean;    // under a softmax: the expectation; sum and shift are those of the softmax
+  at::Tensor scores, indices;  // the largest [owners, k]
 };
 
 // How the gradient of a loss enters: d loss / d (result of a reduction), one for each owner.
 struct Upstream {
-  std::vector<float> coefficient;  // log-sum-exp: gradient / sum, so that the weight is coefficient * exp(S - shift)
-  std::vector<float> shift;        // log-sum-exp only
+  // Under a softmax: gradient / sum, so that the weight is coefficient * exp(S - shift).
+  std::vector<float> coefficient;
+  std::vector<float> shift;            // of what has an exponent
+  std::vector<float> mean, mean_rest;  // of an expectation: their sum, to more digits than a float has
 };
 
 struct Gradients {
@@ -39,8 +43,8 @@ class Sweep {
  public:
   virtual ~Sweep() = default;
 
-  // Statistics of all dense reductions, in the plan's order (empty ones for pair scores). The cosines of the first
-  // `kept_chunks` chunks stay behind in `kept`.
+  // Statistics of all dense reductions, in the plan's order (empty ones for pair scores). The tiles of the first
+  // `kept_chunks` chunks that the backward reads stay behind in `kept`.
   virtual std::vector<Statistics> forward(float* kept, int64_t kept_chunks) = 0;
 
   // Whether one exponential for each pair serves the whole plan.

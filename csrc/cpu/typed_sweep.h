@@ -2,8 +2,8 @@
 //
 // Cut into chunks of rows and blocks of columns, S is swept panel by panel: some chunks against some blocks. In a panel
 //   1. all threads pack y^T of its blocks, the operand B of the scores;
-//   2. tasks own chunks: block by block they multiply a tile, reduce it or turn it into weights G while it is in
-//      cache, add G y to their rows, and leave G in a buffer of the panel;
+//   2. tasks own chunks: block by block they multiply a tile, and those of the teachers, reduce them or turn them into
+//      weights G while they are in cache, add G y to their rows, and leave G in a buffer of the panel;
 //   3. tasks own blocks, and add x^T G to theirs, chunk by chunk. A block of dy stays transposed until the end.
 // Few rows of wide float features are not worth packing: then y and x are operands as they lie, and step 3 multiplies
 // G^T x, with G transposed instead.
@@ -12,6 +12,7 @@
 
 #include <ATen/Parallel.h>
 
+#include "cosines.h"
 #include "gradients.h"
 #include "operands.h"
 #include "parallel.h"
@@ -29,7 +30,6 @@ class TypedSweep final : public Sweep {
   static constexpr int64_t kLeanRows = 2048;       // up to here features may stay as they lie,
   static constexpr int64_t kFullRows = 256;        // or where chunks had to be lower than this, because S is wide;
   static constexpr int64_t kLeanCols = 64;         // these columns of dy are then one task's
-  static constexpr int64_t kWholeRows = 4096;      // features up to this width are converted whole
   static constexpr int64_t kPanelRows = 2048;
   static constexpr int64_t kPartialBytes = 2 << 20;
   static constexpr int64_t kSerialFlops = 1 << 20;  // below this, waking threads costs more than it saves
@@ -43,12 +43,17 @@ class TypedSweep final : public Sweep {
         n_(problem.n),
         m_(problem.m),
         d_(problem.d),
-        depth_(padded_depth<Operand>(problem.d)),
         x_(problem.x.const_data_ptr<In>()),
         y_(problem.y.const_data_ptr<In>()),
         serial_(2 * n_ * m_ * d_ < kSerialFlops),
         lean_(kDirect && (n_ <= kLeanRows ? std::min(n_, m_) < 2 * d_ : in_one_go && tiles_.rows < kFullRows)),
-        group_(lean_ && n_ <= kLeanRows ? kDepth / tiles_.rows : 1) {
+        group_(lean_ && n_ <= kLeanRows ? kDepth / tiles_.rows : 1),
+        read_(plan.matrices(problem, /*backward=*/false)),
+        read_back_(plan.matrices(problem, /*backward=*/true)) {
+    cosines_.emplace_back(problem.x, problem.y, tiles_);
+    for (const Features& teacher : problem.teachers) {
+      cosines_.emplace_back(teacher.x, teacher.y, tiles_);
+    }
     const int64_t workers = serial_ ? 1 : at::get_num_threads();
     const float* scales = problem.scales();
     one_scale_ = std::all_of(scales, scales + n_, [scales](float scale) { return scale == scales[0]; });
@@ -63,7 +68,7 @@ class TypedSweep final : public Sweep {
   std::vector<Statistics> forward(float* kept, int64_t kept_chunks) override {
     Reducer reducer(problem_, plan_, tiles_, mode_);
     // Nothing but partial results of columns bounds the height of a panel here: all chunks, if those stay small.
-    const int64_t partial_bytes = 2 * panel_blocks_ * tiles_.cols * static_cast<int64_t>(sizeof(float));
+    const int64_t partial_bytes = kPartials * panel_blocks_ * tiles_.cols * static_cast<int64_t>(sizeof(float));
     const int64_t chunks = std::max(panel_chunks_, kPartialBytes / (partial_bytes * std::max<int64_t>(reducer.slots(), 1)));
     for_each_panel(chunks, kept, kept_chunks, [&](int64_t first, int64_t last, float* store, int64_t stored) {
       forward_panel(first, last, reducer, store, stored);
@@ -86,10 +91,10 @@ class TypedSweep final : public Sweep {
 
   Gradients forward_backward(Needed needed, const UpstreamOf& upstream_of) override {
     // As many chunks at a time as the budget stores. If that would leave threads idle, tiles are multiplied twice.
-    const int64_t fitting = whole_groups(kept_chunks(problem_, tiles_));
+    const int64_t fitting = whole_groups(kept_chunks(problem_, tiles_, read_back_.size()));
     const bool stores = fitting >= std::min<int64_t>(scratch_.size(), tiles_.chunks);
     const int64_t step = stores ? std::clamp<int64_t>(fitting, 1, panel_chunks_) : panel_chunks_;
-    Buffer<float> cosines(stores ? step * tiles_.chunk_floats() : 0);
+    Buffer<float> cosines(stores ? step * kept_floats() : 0);
     Reducer reducer(problem_, plan_, tiles_, mode_);
     std::vector<Upstream> upstream(plan_.reductions.size());
     for (Upstream& each : upstream) {
@@ -115,23 +120,37 @@ class TypedSweep final : public Sweep {
     explicit Scratch(const TypedSweep& sweep)
         : tile(sweep.tiles_.rows * sweep.tiles_.cols),
           weights(kFloats ? 0 : sweep.tiles_.rows * sweep.tiles_.cols),
-          rows(sweep.rows_are_operands() ? 0 : sweep.tiles_.rows * std::min(sweep.depth_, kWholeRows)),
-          work(sweep.tiles_, sweep.mode_) {}
+          work(sweep.tiles_, sweep.mode_) {
+      work.matrices.assign(sweep.cosines_.size(), nullptr);
+      for (const Cosines<In, Operand>& each : sweep.cosines_) {
+        rooms.emplace_back(each.row_room());
+        rows.push_back(nullptr);
+        taught.emplace_back(taught.empty() ? 0 : sweep.tiles_.rows * sweep.tiles_.cols);
+      }
+    }
     Buffer<float> tile;
-    Buffer<Operand> weights, rows;
+    Buffer<Operand> weights;
     TileScratch work;
+    // By matrix: converted rows and where to convert them, and the tiles of teachers.
+    std::vector<Buffer<Operand>> rooms;
+    std::vector<const Operand*> rows;
+    std::vector<Buffer<float>> taught;
   };
 
   // ---- panels -------------------------------------------------------------------------------------------------
 
   void choose_panels(int64_t workers) {
     const int64_t size = sizeof(Operand);
+    int64_t depth = 0;
+    for (int64_t matrix : read_) {
+      depth += cosines_[matrix].depth();
+    }
     const int64_t chunks = std::max<int64_t>(tiles_.chunks, 1), blocks = std::max<int64_t>(tiles_.blocks, 1);
     panel_chunks_ = std::min(std::max(kPanelRows / tiles_.rows, workers), chunks);
     for (;; panel_chunks_ = (panel_chunks_ + 1) / 2) {
       const int64_t height = panel_chunks_ * tiles_.rows;
       const int64_t fixed = lean_ ? 0 : height * d_ * (size + (kDirect ? 0 : static_cast<int64_t>(sizeof(float))));
-      const int64_t each = tiles_.cols * size * (depth_ + height + (lean_ ? 0 : d_));
+      const int64_t each = tiles_.cols * size * (depth + height + (lean_ ? 0 : d_));
       panel_blocks_ = std::clamp<int64_t>((working_bytes(problem_) - fixed) / each, 1, blocks);
       if (fixed + panel_blocks_ * each <= working_bytes(problem_) || panel_chunks_ == 1) {
         panel_chunks_ = std::max(whole_groups(panel_chunks_), std::min(panel_chunks_, group_));
@@ -150,7 +169,7 @@ class TypedSweep final : public Sweep {
     for (int64_t first = 0; first < tiles_.chunks; first += chunks) {
       const int64_t last = std::min(first + chunks, tiles_.chunks);
       const int64_t stored = std::clamp<int64_t>(kept_chunks - first, 0, last - first);
-      body(first, last, stored == 0 ? nullptr : kept + first * tiles_.chunk_floats(), stored);
+      body(first, last, stored == 0 ? nullptr : kept + first * kept_floats(), stored);
     }
   }
 
@@ -170,19 +189,10 @@ class TypedSweep final : public Sweep {
 
   int64_t width_of(int64_t block) const { return round_up(tiles_.cols_of(block, m_), 16); }
 
-  // y^T of the blocks first : last, each [depth][width], into `columns_`.
-  void pack_columns(int64_t first, int64_t last) {
-    const int64_t strips = ceil_div(tiles_.cols, kStrip);
-    columns_.reserve(panel_blocks_ * tiles_.cols * depth_);
-    Operand* to = columns_.data();
-    run((last - first) * strips, [&](int64_t task, int64_t) {
-      const int64_t block = first + task / strips, start = task % strips * kStrip, width = width_of(block) - start;
-      if (width > 0) {
-        const int64_t rows = std::clamp<int64_t>(tiles_.cols_of(block, m_) - start, 0, kStrip);
-        pack_transposed(y_ + (block * tiles_.cols + start) * d_, rows, d_, d_,
-                        to + ((block - first) * tiles_.cols + start) * depth_, std::min(kStrip, width));
-      }
-    });
+  void pack_columns(const std::vector<int64_t>& matrices, int64_t first, int64_t last) {
+    for (int64_t matrix : matrices) {
+      cosines_[matrix].pack_columns(first, last, panel_blocks_, [this](int64_t tasks, const auto& body) { run(tasks, body); });
+    }
   }
 
   // y of the blocks first : last as the operand B of G y, into `straight_`.
@@ -203,44 +213,18 @@ class TypedSweep final : public Sweep {
     });
   }
 
-  // Rows of x are the operand A of the scores in place: of its type, and of an even width where pairs are multiplied.
-  bool rows_are_operands() const { return std::is_same_v<In, Operand> && depth_ == d_; }
-
-  // Rows that have to be converted, and are so wide that this happens part by part.
-  bool by_parts() const { return !rows_are_operands() && depth_ > kWholeRows; }
-
-  // A chunk's rows as an operand; null if they are converted by parts.
-  const Operand* rows_of(int64_t chunk, Scratch& scratch) {
-    const In* from = x_ + chunk * tiles_.rows * d_;
-    if constexpr (std::is_same_v<In, Operand>) {
-      if (rows_are_operands()) {
-        return from;
-      }
+  void prepare_rows(const std::vector<int64_t>& matrices, int64_t chunk, Scratch& scratch) {
+    for (int64_t matrix : matrices) {
+      scratch.rows[matrix] = cosines_[matrix].rows_of(chunk, scratch.rooms[matrix]);
     }
-    if (by_parts()) {
-      return nullptr;
-    }
-    copy_rows(from, tiles_.rows_of(chunk, n_), d_, depth_, d_, scratch.rows.data());
-    return scratch.rows.data();
   }
 
-  // Cosines of a tile; `columns` is y^T of its block.
-  Tile multiply(int64_t chunk, int64_t block, const Operand* rows, const Operand* columns, float* out, Scratch& scratch) {
-    const Tile tile = tile_at(chunk, block, out);
-    for (int64_t k = 0; k == 0 || k < depth_; k += kDepth) {
-      const int64_t depth = std::min(kDepth, depth_ - k);
-      const Operand* a = rows + k;
-      if (by_parts()) {
-        copy_rows(x_ + tile.row0 * d_ + k, tile.rows, std::min(depth, d_ - k), kDepth, d_, scratch.rows.data());
-        a = scratch.rows.data();
-      }
-      for (int64_t c = 0; c < tile.ld; c += kStrip) {
-        const int64_t width = std::min(kStrip, tile.ld - c);
-        product(tile.rows, width, depth, a, by_parts() ? kDepth : depth_, columns + c * depth_ + k * width, width,
-                out + c, tile.ld, k > 0);
-      }
+  // A matrix's tile: cosines for a uniform plan, scores for any other. `block` counts from the first packed one.
+  void fill(int64_t matrix, const Tile& tile, int64_t block, Scratch& scratch) {
+    cosines_[matrix].multiply(tile, block, scratch.rows[matrix], scratch.rooms[matrix]);
+    if (!mode_.uniform) {
+      score_tile(problem_, matrix, tile);
     }
-    return tile;
   }
 
   Tile tile_at(int64_t chunk, int64_t block, float* data) const {
@@ -248,28 +232,39 @@ class TypedSweep final : public Sweep {
             tiles_.cols_of(block, m_)};
   }
 
-  // Stored cosines lie chunk by chunk, in a chunk block by block; `chunk` counts from the first stored one.
-  float* stored_tile(float* store, int64_t chunk, int64_t block) const {
-    return store + chunk * tiles_.chunk_floats() + block * tiles_.cols * tiles_.rows;
+  // Stored tiles lie chunk by chunk, in a chunk matrix by matrix, then block by block; `chunk` counts from the first
+  // stored one. Null if the backward does not read the matrix.
+  float* stored_tile(float* store, int64_t chunk, int64_t matrix, int64_t block) const {
+    const auto found = std::find(read_back_.begin(), read_back_.end(), matrix);
+    return found == read_back_.end() ? nullptr
+                                     : store + chunk * kept_floats() + (found - read_back_.begin()) * tiles_.chunk_floats() +
+                                           block * tiles_.cols * tiles_.rows;
   }
+
+  int64_t kept_floats() const { return static_cast<int64_t>(read_back_.size()) * tiles_.chunk_floats(); }
 
   // ---- forward ------------------------------------------------------------------------------------------------
 
   void forward_panel(int64_t first, int64_t last, Reducer& reducer, float* store, int64_t stored) {
-    const int64_t chunk_stride = 2 * panel_blocks_ * tiles_.cols, slot_stride = (last - first) * chunk_stride;
+    const int64_t chunk_stride = kPartials * panel_blocks_ * tiles_.cols, slot_stride = (last - first) * chunk_stride;
     // A slot of its own also where no column is reduced: the address of a partial result is then never used.
     partial_.reserve(std::max<int64_t>(reducer.slots(), 1) * slot_stride);
     for (int64_t block = 0; block < tiles_.blocks; block += panel_blocks_) {
       const int64_t end = std::min(block + panel_blocks_, tiles_.blocks);
-      pack_columns(block, end);
+      pack_columns(read_, block, end);
       run(last - first, [&](int64_t task, int64_t worker) {
         Scratch& scratch = scratch_[worker];
-        const Operand* rows = rows_of(first + task, scratch);
+        prepare_rows(read_, first + task, scratch);
         for (int64_t b = block; b < end; ++b) {
-          float* data = task < stored ? stored_tile(store, task, b) : scratch.tile.data();
-          Tile tile = multiply(first + task, b, rows, columns_.data() + (b - block) * tiles_.cols * depth_, data, scratch);
-          reducer.reduce(tile, partial_.data() + task * chunk_stride + 2 * (b - block) * tiles_.cols, slot_stride,
-                         scratch.work);
+          for (int64_t matrix : read_) {
+            float* to = task < stored ? stored_tile(store, task, matrix, b) : nullptr;
+            to = to != nullptr ? to : (matrix == kScores ? scratch.tile : scratch.taught[matrix]).data();
+            scratch.work.matrices[matrix] = to;
+            fill(matrix, tile_at(first + task, b, to), b - block, scratch);
+          }
+          Tile tile = tile_at(first + task, b, scratch.work.matrices[kScores]);
+          reducer.reduce(tile, partial_.data() + task * chunk_stride + kPartials * (b - block) * tiles_.cols,
+                         slot_stride, scratch.work);
         }
       });
       merge(last - first, block, end, reducer, chunk_stride, slot_stride);
@@ -283,7 +278,7 @@ class TypedSweep final : public Sweep {
         continue;
       }
       run(end - block, [&](int64_t task, int64_t) {
-        const float* partial = partial_.data() + each.slot * slot_stride + 2 * task * tiles_.cols;
+        float* partial = partial_.data() + each.slot * slot_stride + kPartials * task * tiles_.cols;
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
           reducer.merge(each, partial + chunk * chunk_stride, (block + task) * tiles_.cols,
                         tiles_.cols_of(block + task, m_));
@@ -307,19 +302,28 @@ class TypedSweep final : public Sweep {
     for (int64_t block = 0; block < tiles_.blocks; block += panel_blocks_) {
       const int64_t end = std::min(block + panel_blocks_, tiles_.blocks);
       if (stored < chunks) {
-        pack_columns(block, end);
+        pack_columns(read_back_, block, end);
       }
       if (weighs_y && !lean_) {
         pack_blocks(block, end);
       }
       run(chunks, [&](int64_t task, int64_t worker) {
         Scratch& scratch = scratch_[worker];
-        const Operand* rows = task < stored ? nullptr : rows_of(first + task, scratch);
+        if (task >= stored) {
+          prepare_rows(read_back_, first + task, scratch);
+        }
         for (int64_t b = block; b < end; ++b) {
           float* out = kFloats && !lean_ ? reinterpret_cast<float*>(shared_tile(b - block, task, chunks)) : scratch.tile.data();
-          Tile tile = task < stored ? tile_at(first + task, b, stored_tile(store, task, b))
-                                    : multiply(first + task, b, rows, columns_.data() + (b - block) * tiles_.cols * depth_,
-                                               out, scratch);
+          for (int64_t matrix : read_back_) {
+            float*& scores = scratch.work.matrices[matrix];
+            if (task < stored) {
+              scores = stored_tile(store, task, matrix, b);
+            } else {
+              scores = matrix == kScores ? out : scratch.taught[matrix].data();
+              fill(matrix, tile_at(first + task, b, scores), b - block, scratch);
+            }
+          }
+          Tile tile = tile_at(first + task, b, scratch.work.matrices[kScores]);
           weigher.weigh(tile, out, losses, scratch.work);
           tile.data = out;
           add_sums(tile, needed, gradients, column_sums_.data() + task * panel_cols + (b - block) * tiles_.cols);
@@ -526,15 +530,16 @@ class TypedSweep final : public Sweep {
   const Plan& plan_;
   const Tiles tiles_;
   const Mode mode_;
-  const int64_t n_, m_, d_, depth_;
+  const int64_t n_, m_, d_;
   const In *x_, *y_;
   const bool serial_, lean_;
   const int64_t group_;  // chunks that one product of step 3 adds up
-  bool one_scale_;       // all rows have the same
+  const std::vector<int64_t> read_, read_back_;  // the matrices that forward and backward look at
+  bool one_scale_;                               // all rows have the same
+  std::vector<Cosines<In, Operand>> cosines_;    // by matrix
   int64_t panel_chunks_ = 1, panel_blocks_ = 1;
   std::vector<Scratch> scratch_;
   // Shared by the threads, a panel at a time.
-  Buffer<Operand> columns_;     // y^T of the panel's blocks
   Buffer<Operand> straight_;    // y of the panel's blocks
   Buffer<Operand> turned_;      // x^T of the panel's chunks
   Buffer<Operand> weights_;     // G, tile by tile

@@ -1,14 +1,12 @@
-#include "masks.h"
 #include "tile_work.h"
 
 namespace pairtile {
 
 void Weigher::weigh(Tile& tile, float* out, std::vector<double>* losses, TileScratch& scratch) const {
-  fill_padding(tile);
   if (mode_.uniform) {
     weigh_uniform(tile, out, losses, scratch);
   } else {
-    weigh_general(tile, out, scratch);
+    weigh_bands(tile, out, scratch);
   }
   for (size_t k = 0; k < plan_.reductions.size(); ++k) {
     if (!plan_.reductions[k].dense()) {
@@ -24,6 +22,7 @@ void Weigher::weigh_uniform(Tile& tile, float* out, std::vector<double>* losses,
       (plan_.reductions[k].by_row ? by_row : by_col) = &upstream_[k];
     }
   }
+  fill_padding(tile);
   remove_special(mode_, tile, scratch.removed);
   const float* scale = problem_.scales() + tile.row0;
   const float* offset = problem_.offsets() + tile.row0;
@@ -73,57 +72,19 @@ void Weigher::weigh_uniform(Tile& tile, float* out, std::vector<double>* losses,
   }
 }
 
-void Weigher::weigh_general(const Tile& cosines, float* out, TileScratch& scratch) const {
-  const int64_t size = tiles_.rows * tiles_.cols;
-  float* scores = scratch.general.data();
-  float* masked = scores + size;
-  float* sign = masked + size;
-  scores_of(cosines, problem_.scales() + cosines.row0, problem_.offsets() + cosines.row0, problem_.col_biases(), scores);
-  std::fill_n(out, cosines.rows * cosines.ld, 0.0f);
-  for (size_t k = 0; k < plan_.reductions.size(); ++k) {
-    const Reduction& reduction = plan_.reductions[k];
-    if (reduction.dense()) {
-      mask_tile(reduction, cosines, scores, masked, sign);
-      Tile tile = cosines;
-      tile.data = masked;
-      add_weights(tile, reduction, upstream_[k], sign, out, scratch);
-    }
-  }
-}
-
-// out += coefficient * weight * (exp(S - shift), or -z sigmoid(-z S)).
-void Weigher::add_weights(const Tile& masked, const Reduction& reduction, const Upstream& upstream, const float* sign,
-                          float* out, TileScratch& scratch) const {
-  const bool log_sum_exp = reduction.kind == Kind::kLogSumExp;
-  const bool signs = !log_sum_exp && !reduction.positive.empty();
-  const bool weighted = reduction.weights != nullptr;
-  float* factors = scratch.columns.data();  // along the tile's columns
-  float* shifts = factors + tiles_.cols;
-  std::fill_n(factors, masked.ld, 0.0f);
-  std::fill_n(shifts, masked.ld, 0.0f);
-  for (int64_t c = 0; c < masked.cols; ++c) {
-    const int64_t j = masked.col0 + c;
-    factors[c] = reduction.by_row ? (weighted ? reduction.weights[j] : 1.0f) : upstream.coefficient[j];
-    shifts[c] = log_sum_exp && !reduction.by_row ? upstream.shift[j] : 0.0f;
-  }
-  for (int64_t r = 0; r < masked.rows; ++r) {
-    const int64_t i = masked.row0 + r;
-    const Vec factor(reduction.by_row ? upstream.coefficient[i] : (weighted ? reduction.weights[i] : 1.0f));
-    const Vec shift(reduction.by_row && log_sum_exp ? upstream.shift[i] : 0.0f);
-    for (int64_t c = 0; c < masked.ld; c += kLanes) {
-      const Vec score = Vec::loadu(masked.row(r) + c);
-      Vec weights;
-      if (log_sum_exp) {
-        weights = exp(score - shift - Vec::loadu(shifts + c));
-      } else {
-        weights = Vec::blendv(sigmoid(score), score, score != score);  // a NaN does not survive exp
+void Weigher::weigh_bands(const Tile& tile, float* out, TileScratch& scratch) const {
+  Band band(mode_.shared, tile, scratch.matrices, scratch.band.data(), scratch.columns.data());
+  for (int64_t first = 0; first < tile.rows; first += kBandRows) {
+    band.move_to(first);
+    // Apart from `out`, which may hold the scores of this band.
+    const int64_t count = band.rows * tile.ld;
+    std::fill_n(band.weights(), count, 0.0f);
+    for (size_t k = 0; k < plan_.reductions.size(); ++k) {
+      if (plan_.reductions[k].weighs()) {
+        weigh_band(band, mode_, plan_.reductions[k], mode_.shared.uses[k], upstream_[k]);
       }
-      if (signs) {
-        weights = weights * Vec::loadu(sign + r * masked.ld + c);
-      }
-      float* to = out + r * masked.ld + c;
-      (Vec::loadu(to) + weights * factor * Vec::loadu(factors + c)).store(to);
     }
+    std::copy_n(band.weights(), count, out + first * tile.ld);
   }
 }
 

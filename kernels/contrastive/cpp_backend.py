@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compiled import empty_results
 from .operands import Operands
-from .plan import decode, encode
-from .reductions import PairScore, Served
+from .plan import Plan, decode, encode, result_count
+from .reductions import Above, Chosen, Count, LogSumExp, PairScore, Served, SoftmaxMean, Teacher, rules_of
 
 # As in csrc/cpu/problem.cpp; a test compares the two.
 _TILE_ROWS, _LEAST_ROWS = 256, 32
@@ -49,11 +50,30 @@ def register_fakes() -> None:
         torch.library.register_fake(f"pairtile::{name}", fake)
 
 
-def _kept(x: Tensor, y: Tensor, budget: int) -> Tensor:
-    """Cosines kept for the backward: as many chunks of rows as fit the budget (csrc/cpu/problem.cpp)."""
+def _read_back(plan: Plan) -> int:
+    """How many matrices, S and the teachers', the backward looks at: `Plan::matrices` of csrc/cpu/plan.cpp."""
+    found: set[Teacher | None] = set()
+    for _, each in plan:
+        if isinstance(each, SoftmaxMean):
+            if each.of is not None and each.under is not None:
+                continue
+            found |= {each.under} if each.of is None else {each.of, each.under}
+        elif isinstance(each, (PairScore, Count, Chosen)) or isinstance(getattr(each, "of", None), Teacher):
+            continue
+        else:
+            found.add(None)
+        if any(isinstance(rule, Above) for rule in rules_of(each.exclude)):
+            found.add(None)
+    return len(found)
+
+
+def _kept(x: Tensor, y: Tensor, budget: int, matrices: int) -> Tensor:
+    """Tiles kept for the backward: as many chunks of rows as fit the budget (csrc/cpu/problem.cpp)."""
+    if not matrices:
+        return x.new_empty(0, dtype=torch.float32)
     n, m = x.shape[0], y.shape[0]
     rows = torch.sym_min(torch.sym_max(_round_up((n + 7) // 8), _LEAST_ROWS), _TILE_ROWS)
-    chunk = rows * torch.sym_max(_round_up(m), 16)
+    chunk = matrices * rows * torch.sym_max(_round_up(m), 16)
     working = min(budget // 4, _WORKING_BYTES)
     chunks = torch.sym_min((n + rows - 1) // rows, (budget - working) // (4 * chunk))
     return x.new_empty(chunks * chunk, dtype=torch.float32)
@@ -63,8 +83,15 @@ def _round_up(size: int) -> int:
     return (size + 15) // 16 * 16
 
 
-def _statistics(like: Tensor, owners: int) -> Tensor:
-    return like.new_empty(2, owners, dtype=torch.float64)
+def _statistics(like: Tensor, owners: int, numbers: int = 2) -> Tensor:
+    return like.new_empty(numbers, owners, dtype=torch.float64)
+
+
+def _known(operands: Operands, dim: int, reduction: Served) -> list[Tensor]:
+    """Statistics of one reduction, as many as it has results."""
+    if isinstance(reduction, (LogSumExp, SoftmaxMean)):
+        return [_statistics(operands.x, operands.length(dim), 2 if isinstance(reduction, LogSumExp) else 3)]
+    return [_statistics(operands.x, 0) for _ in range(result_count(reduction))]
 
 
 def _gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool], like: Tensor) -> list[Tensor]:
@@ -80,13 +107,10 @@ def _gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool], like: Tens
 def _reduce_forward(*arguments: Any) -> list[Tensor]:
     operands = Operands(*arguments[:6])
     numbers, factors, metadata, budget, keep = arguments[6:]
-    x, y = operands.x, operands.y
     plan = decode(numbers, factors, metadata)
-    results = [x.new_empty(operands.length(dim), dtype=torch.float32) for dim, _ in plan]
-    dense = [not isinstance(each, PairScore) for _, each in plan]
-    known = [_statistics(x, operands.length(dim) if looks else 0) for (dim, _), looks in zip(plan, dense, strict=True)]
-    kept = _kept(x, y, budget) if keep and any(dense) else x.new_empty(0, dtype=torch.float32)
-    return [*results, *known, kept]
+    results = [each for dim, reduction in plan for each in empty_results(operands, dim, reduction)]
+    known = [each for dim, reduction in plan for each in _known(operands, dim, reduction)]
+    return [*results, *known, _kept(operands.x, operands.y, budget, _read_back(plan) if keep else 0)]
 
 
 def _reduce_backward(*arguments: Any) -> list[Tensor]:
@@ -111,7 +135,7 @@ def _cross_entropy_forward(
         return [value, *_gradients((x, y, scale), wanted, x)]
     n, m = x.shape[0], y.shape[0]
     own = x.new_empty(n, dtype=torch.float64)
-    return [value, _statistics(x, n), _statistics(x, m), own, _kept(x, y, budget)]
+    return [value, _statistics(x, n), _statistics(x, m), own, _kept(x, y, budget, 1)]
 
 
 def _cross_entropy_backward(*arguments: Any) -> list[Tensor]:

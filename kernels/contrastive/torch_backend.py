@@ -47,15 +47,18 @@ def _tiling(n: int, m: int, widths: list[int], dtype: torch.dtype, converted: bo
 class _Sweep:
     """The loops over tiles and panels that forward and backward share.
 
-    `looks_at`: the similarities that anybody looks at, None being S. The others are not multiplied.
+    `looks_at`: the similarities that anybody looks at, None being S. The others are not multiplied. Tiles are those of
+    the whole plan all the same: a product of another shape is rounded in another order, and where scores are large
+    the weights of the backward would no longer be those that the forward added up.
     """
 
-    def __init__(self, operands: Operands, looks_at: set[Teacher | None], budget: int) -> None:
+    def __init__(self, operands: Operands, plan: Plan, looks_at: set[Teacher | None], budget: int) -> None:
         self.operands, self._scored = operands, None in looks_at
         self.dtype = operands.scale.dtype
         n, m = operands.length(1), operands.length(0)
-        teachers = [each for each in looks_at if each is not None]
-        widths = [operands.x.shape[1], *(each.x.shape[1] for each in teachers)]
+        named = {teacher: None for _, each in plan for teacher in similarities(each) if teacher is not None}
+        teachers = [each for each in named if each in looks_at]
+        widths = [operands.x.shape[1], *(each.x.shape[1] for each in named)]
         converted = operands.x.dtype != self.dtype
         self.tile_rows, self.tile_columns = _tiling(n, m, widths, self.dtype, converted, budget)
         worthwhile = -(-_LEAST_PANEL // max(1, self.tile_columns))
@@ -129,7 +132,7 @@ def forward_results(operands: Operands, plan: Plan, settings: Settings) -> tuple
     by_panel = [state for state in states if state.dense and not state.by_strip]
     by_strip = [state for state in states if state.dense and state.by_strip]
     looks_at = set().union(*(similarities(each) for _, each in plan))
-    sweep = _Sweep(operands, looks_at, settings.budget)
+    sweep = _Sweep(operands, plan, looks_at, settings.budget)
     for block in sweep.row_blocks() if by_panel or by_strip else ():
         for tile, _ in sweep.tiles(block, operands.x[block].to(sweep.dtype)):
             for panel, scratch in sweep.panels(tile):
@@ -147,7 +150,7 @@ def backward_results(
     """Gradients of the operands, None where not needed; `saved` is what the forward's statistics were, in a row."""
     gradients = gradients_of(plan, saved, grads)
     looks_at = set().union(*(each.looks_at for each in gradients))
-    return _backward_sweep(_Sweep(operands, looks_at, settings.budget), gradients, needed)
+    return _backward_sweep(_Sweep(operands, plan, looks_at, settings.budget), gradients, needed)
 
 
 def _backward_sweep(sweep: _Sweep, gradients: list[Gradient], needed: list[bool]) -> list[Tensor | None]:

@@ -41,7 +41,7 @@ class MultiPositiveLoss(TwoDirectionLoss):
     texts than images, or fewer. An owner without positives has the term 0 and gradient 0. In use:
 
         "mean", "all"       UniCL and Florence (arXiv:2111.11432), by the hash of a text; SupCon's L_out
-                            (arXiv:2004.11362); DreamLIP (arXiv:2403.17007); image-to-class-text fine-tuning
+                            (arXiv:2004.11362) between two modalities; fine-tuning with the texts of a class
         "sum", "all"        1-to-K: K texts of an image, one in each language ("Improving the Consistency in
                             Cross-Lingual Cross-Modal Retrieval with 1-to-K Contrastive Learning"). The released code
                             divides the sum of both directions by K; here "mean" divides each direction by its own count
@@ -163,7 +163,9 @@ class MultiPositiveLoss(TwoDirectionLoss):
 
 
 class CircleLoss(TwoDirectionLoss):
-    """The circle loss between images and texts, positives by id (arXiv:2002.10857).
+    """The circle loss (arXiv:2002.10857) between images and texts, positives by id.
+
+    The defaults are those with which DreamLIP (arXiv:2403.17007) takes an image to its many texts.
 
     With c_ij = <image_i, text_j>, a cosine, P_i the texts that have the id of image i and N_i all others, the term of
     image i is

@@ -221,5 +221,4 @@ def test_losses_over_pairs_and_ids_on_two_ranks(tmp_path):
             with_ids("MultiPositiveLoss", sizes, text_sizes, options={"direction_weights": (0.0, 1.0)} | MIL_NCE),
             with_ids("MultiPositiveLoss", sizes, text_sizes, options={"denominator": "others_excluded"}),
         ]
-    cases = [case | {"backend": "reference"} for case in cases]
     assert_ranks_equal_one_process(cases, spawn(cases, 2, tmp_path))

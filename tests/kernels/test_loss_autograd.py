@@ -8,16 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from pairtile.kernels import (
-    ClipLoss,
-    CoCaLoss,
-    DecoupledContrastiveLoss,
-    HardNegativeLoss,
-    MultiPositiveLoss,
-    SigLipLoss,
-    linear_cross_entropy,
-    use_backend,
-)
+from pairtile.kernels import ClipLoss, CoCaLoss, SigLipLoss, linear_cross_entropy, use_backend
 
 TARGETS = torch.tensor([3, 0, -100, 10, 3, 7, -100, 1, 2])
 LABELS = torch.tensor([[1, 2], [3, 0], [4, 5], [6, 0], [7, 8], [9, 9], [10, 0], [1, 0], [2, 2]])
@@ -52,21 +43,7 @@ def coca(x, y, scale):
     return sum(CoCaLoss(2.0, 1.0)(x, y, None, LABELS, scale, hidden_states=hidden, vocab_weight=vocabulary))
 
 
-def several_positives(x, y, scale):
-    return MultiPositiveLoss(denominator="others_excluded")(x, y, scale, image_ids=torch.arange(9) // 2)
-
-
-def hard_negatives(x, y, scale):
-    own = torch.stack([x.flip(0), y.flip(1)], 1)
-    return HardNegativeLoss(k=3)(x, y, scale, negative_features=own)
-
-
-def decoupled(x, y, scale):
-    return DecoupledContrastiveLoss(weighted=True, intra=True)(x, y, scale)
-
-
 LOSSES = [clip, one_directional, clip_with_negatives, siglip, captions, captions_with_bias, coca]
-LOSSES += [several_positives, hard_negatives, decoupled]
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 
 

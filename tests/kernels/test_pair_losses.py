@@ -358,6 +358,50 @@ def test_bfloat16_features_give_a_float32_loss(backend, relative_error, name):
         assert relative_error(ours, right) < 1.5 * torch.finfo(torch.bfloat16).eps
 
 
+def leaves_and_ids() -> tuple[list[Tensor], Tensor]:
+    leaves = [each.float().requires_grad_() for each in (unit(9, 6), unit(9, 6, seed=1), torch.tensor(5.0))]
+    return leaves, torch.arange(9) // 2
+
+
+@every_loss
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+def test_autocast_changes_nothing(backend, name):
+    leaves, ids = leaves_and_ids()
+    loss, results = PAIRED[name](), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            value = called(name, loss, *leaves, ids)
+        results.append([value, *torch.autograd.grad(value, leaves, allow_unused=True)])
+    for plain, given in zip(*results):
+        assert plain is given or torch.equal(plain, given)
+
+
+@every_loss
+@on_the_oracle
+def test_a_double_backward_is_finite(backend, name):
+    leaves, ids = leaves_and_ids()
+    value = called(name, PAIRED[name](), *leaves, ids)
+    gradients = torch.autograd.grad(value, leaves[:2], create_graph=True)
+    for each in torch.autograd.grad(sum(each.square().sum() for each in gradients), leaves[:2], allow_unused=True):
+        assert each is None or each.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+def test_a_training_step_compiles_into_one_graph(backend):
+    torch.compiler.reset()
+    leaves, ids = leaves_and_ids()
+    losses = {name: PAIRED[name]() for name in ("sum, others_excluded", "hard negatives")}
+
+    def step(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        return sum(called(name, loss, x, y, scale, ids) for name, loss in losses.items())
+
+    given, expected = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves), step(*leaves)
+    # Traced, the scores of several positives are swept twice and not kept: float32 in another order.
+    torch.testing.assert_close(given, expected, rtol=2e-6, atol=0)
+    for one, other in zip(torch.autograd.grad(given, leaves), torch.autograd.grad(expected, leaves)):
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)
+
+
 @on_the_oracle
 def test_special_cases_are_the_losses_that_they_generalise(backend):
     x, y = unit(12, 6), unit(12, 6, seed=1)

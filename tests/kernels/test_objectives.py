@@ -251,6 +251,12 @@ def test_vicinity_mix_mixes():
         (lambda: CACRLoss(tau_neg=-1.0), "tau_neg=-1.0: expected a number of at least 0"),
         (lambda: AlignmentUniformityLoss(reduction="sum"), "uniformity is the logarithm of a mean"),
         (lambda: AlignmentUniformityLoss(t=0), "t=0: expected a positive number"),
+        (
+            lambda: AlignmentUniformityLoss(
+                alignment_weight=0, uniformity_weight=0, cross_uniformity_weight=0, clip_loss_weight=0
+            ),
+            "all four weights are 0",
+        ),
         (lambda: MatryoshkaLoss([]), "expected whole numbers from 1"),
         (lambda: MatryoshkaLoss([2, 4], [1.0]), "1 weights for 2 widths"),
         (lambda: SDMLoss(direction_weights=(0, 0)), "expected two numbers of at least 0"),

@@ -122,7 +122,8 @@ class AlignmentUniformityLoss(ContrastiveLoss):
         here = of_rows.logsumexp(0) if len(of_rows) else of_rows.sum() - torch.inf
         if batch.group is not None:
             here = _LogSumExpOverRanks.apply(here, batch)
-        return here - math.log(batch.total * (batch.total - 1))
+        # as a tensor: torch.compile would take the logarithm of a number as a constant
+        return here - here.new_full((), batch.total * (batch.total - 1)).log()
 
 
 class _LogSumExpOverRanks(torch.autograd.Function):

@@ -110,10 +110,11 @@ class DecoupledContrastiveLoss(TwoDirectionLoss):
         """w of this rank's pairs, [n]."""
         x, y = batch.x.features, batch.y.features
         dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-        logits = torch.linalg.vecdot(x.to(dtype), y.to(dtype)) / self.sigma
+        logits = (x.to(dtype) * y.to(dtype)).sum(-1) / self.sigma
         shards, (everyone,) = gather(logits.unsqueeze(1), group=batch.group)
         log_mean = torch.logsumexp(everyone, 0) - math.log(max(1, shards.total))
-        return 2 - (logits - log_mean).exp()
+        weights: Tensor = 2 - (logits - log_mean).exp()
+        return weights
 
 
 def _ask(view: View) -> tuple[Reduction, ...]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..contrastive import AbovePositive, LogSumExp, PairRule, PairScore, Reduction, TopK
-from .base import FEATURE_DTYPES, check_matrix, check_pairs, check_scalar
+from ..contrastive.arguments import FEATURE_DTYPES
+from .base import check_matrix, check_pairs, check_scalar
 from .batch import PairBatch, Side, View
 from .directions import TwoDirectionLoss
 from .log_domain import cross_entropy, log_add_exp, log_sum_exp

@@ -41,7 +41,7 @@ class MultiPositiveLoss(TwoDirectionLoss):
     texts than images, or fewer. An owner without positives has the term 0 and gradient 0. In use:
 
         "mean", "all"       UniCL and Florence (arXiv:2111.11432), by the hash of a text; SupCon's L_out
-                            (arXiv:2004.11362); DreamLIP (arXiv:2403.17007); image-to-class-text fine-tuning
+                            (arXiv:2004.11362) between two modalities; fine-tuning with the texts of a class
         "sum", "all"        1-to-K: K texts of an image, one in each language ("Improving the Consistency in
                             Cross-Lingual Cross-Modal Retrieval with 1-to-K Contrastive Learning"). The released code
                             divides the sum of both directions by K; here "mean" divides each direction by its own count
@@ -53,7 +53,8 @@ class MultiPositiveLoss(TwoDirectionLoss):
     Args:
         positives: "mean", "sum" or "inside".
         denominator: "all", "others_excluded" (not with "inside") or "mil_nce". "others_excluded" asks the device how
-            many positives an owner has at most, and above 64 needs a second sweep for each direction.
+            many positives an owner has at most; above 64, and under torch.compile, it takes a second sweep for each
+            direction.
         options: direction_weights, rank, world_size, local_loss, group, strategy, reduction, as in `ClipLoss`.
             reduction="none" needs as many texts as images, or one direction alone.
 
@@ -104,7 +105,7 @@ class MultiPositiveLoss(TwoDirectionLoss):
         check_scalar("logit_scale", logit_scale)
         batch = _batch_by_id(image_features, text_features, image_ids, text_ids, self._group())
         positives = [
-            _Positives.of(batch, side, logit_scale) if weight else None
+            _Positives.of(batch, side, logit_scale, counted=self.denominator == "others_excluded") if weight else None
             for side, weight in enumerate(self.direction_weights)
         ]
         found = batch.reduce(scale=logit_scale, rows=self._ask(positives[0]), cols=self._ask(positives[1]))
@@ -162,7 +163,9 @@ class MultiPositiveLoss(TwoDirectionLoss):
 
 
 class CircleLoss(TwoDirectionLoss):
-    """The circle loss between images and texts, positives by id (arXiv:2002.10857).
+    """The circle loss (arXiv:2002.10857) between images and texts, positives by id.
+
+    The defaults are those with which DreamLIP (arXiv:2403.17007) takes an image to its many texts.
 
     With c_ij = <image_i, text_j>, a cosine, P_i the texts that have the id of image i and N_i all others, the term of
     image i is
@@ -223,15 +226,17 @@ class _Positives:
         by_id: the owners' positives among all candidates.
         counts: int64 [n].
         total: [n], the sum of their scores, 0 where there is none.
+        most: the most that an owner has, or more than that.
     """
 
     by_id: ById
     counts: Tensor
     total: Tensor
+    most: int
 
     @classmethod
-    def of(cls, batch: PairBatch, side: int, scale: float | Tensor) -> _Positives:
-        """Of this rank's x (side 0) or y (side 1) among all ranks' candidates."""
+    def of(cls, batch: PairBatch, side: int, scale: float | Tensor, *, counted: bool) -> _Positives:
+        """Of this rank's x (side 0) or y (side 1) among all ranks' candidates; `counted`: wait for the device."""
         owners, candidates = (batch.x, batch.y)[side], batch.whole[1 - side]
         assert owners.ids is not None
         assert candidates.ids is not None
@@ -240,16 +245,14 @@ class _Positives:
         dtype = torch.promote_types(torch.promote_types(mine.dtype, others.dtype), torch.float32)
         # The sum of an owner's scores is its score with the sum of its positives.
         total = row_scores(mine, by_id.sum(others.to(dtype)), factor(scale, "logit_scale", dtype, mine.device))
-        return cls(by_id, by_id.counts(), total)
+        counts = by_id.counts()
+        # A traced graph cannot depend on a count. More than are kept is right for all.
+        counted = counted and not torch.compiler.is_compiling()
+        return cls(by_id, counts, total, (int(counts.max()) if len(counts) else 0) if counted else _MOST_KEPT + 1)
 
     @property
     def divisor(self) -> Tensor:
         return self.counts.clamp(min=1)
-
-    @property
-    def most(self) -> int:
-        """The most positives that an owner has; waits for the device."""
-        return int(self.counts.max()) if len(self.counts) else 0
 
 
 def _batch_by_id(

@@ -23,8 +23,9 @@ class TripletLoss(TwoDirectionLoss):
         mining="sum":      sum_{j != i} [margin + S_ij - S_ii]_+
         mining="hardest":  max_{j != i} [margin + S_ij - S_ii]_+
 
-    and a text the same with S_ji. Each direction is a mean over the whole batch. The papers add up both directions and
-    all pairs: direction_weights=(1.0, 1.0), reduction="sum". Among equally hard ones the lowest index is taken.
+    and a text the same with S_ji. Each direction is a mean over the whole batch. The paper adds up both directions and
+    all pairs: direction_weights=(1.0, 1.0), reduction="sum". Among equally hard ones the lowest index is taken. A batch
+    of one pair has the loss 0.
 
     Given the features of a peer model, whose similarities A get no gradient, margins adapt to what the peer sees (Deep
     Boosting Learning, arXiv:2404.18114). In its relative form S - A takes the place of S in both formulas:

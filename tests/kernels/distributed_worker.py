@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pairtile import kernels
 from pairtile.kernels import ClipLoss, CoCaLoss, SigLipLoss, use_backend
 
 LOSSES = {"clip": ClipLoss, "siglip": SigLipLoss, "coca": CoCaLoss}
@@ -39,7 +40,8 @@ def embed(towers: nn.ModuleDict, images: torch.Tensor, texts: torch.Tensor) -> t
 
 def called(loss: nn.Module, towers: nn.ModuleDict, case: dict, rank: int) -> torch.Tensor:
     """The value of the case's loss for this rank's part of the batch."""
-    images, texts = (part.split(case["sizes"])[rank] for part in (case["images"], case["texts"]))
+    sizes = {"images": case["sizes"], "texts": case.get("text_sizes", case["sizes"])}
+    images, texts = (case[kind].split(sizes[kind])[rank] for kind in sizes)
     features = embed(towers, images, texts)
     if case.get("detach_empty") and len(images) == 0:
         features = tuple(each.detach() for each in features)
@@ -50,6 +52,12 @@ def called(loss: nn.Module, towers: nn.ModuleDict, case: dict, rank: int) -> tor
             head = {"hidden_states": hidden, "vocab_weight": towers["vocabulary"].weight}
             return sum(loss(*features, None, labels, towers.scale, **head))
         return sum(loss(*features, towers["vocabulary"](hidden), labels, towers.scale))
+    if "numbers" in case:
+        # A loss by its public name: how many of scale and bias it takes, and what else its forward is given.
+        given = {
+            name: each.split(sizes[kind])[rank] for kind in sizes for name, each in case.get(f"of_{kind}", {}).items()
+        }
+        return loss(*features, *(towers.scale, towers.bias)[: case["numbers"]], **given)
     negatives = {}
     for kind, sizes in case.get("negatives", {}).items():
         inputs = case[f"negative_{kind}s"].split(sizes)[rank]
@@ -62,7 +70,8 @@ def run(case: dict, rank: int, world: int) -> dict:
     towers = two_towers(case)
     place = {"group": dist.group.WORLD} if case.get("by_group") else {"rank": rank, "world_size": world}
     weights = (2.0, 1.0) if case["loss"] == "coca" else ()
-    loss = LOSSES[case["loss"]](*weights, **place, **case["options"])
+    make = LOSSES[case["loss"]] if case["loss"] in LOSSES else getattr(kernels, case["loss"])
+    loss = make(*weights, **place, **case["options"])
     with use_backend(case["backend"]):
         value = called(loss, towers, case, rank)
     value.sum().backward()

@@ -73,6 +73,8 @@ def on_one_process(case: dict) -> dict:
     of_ranks = ("local_loss",)
     options = {key: value for key, value in case["options"].items() if key not in of_ranks}
     whole = case | {"sizes": [sum(case["sizes"])], "backend": "reference", "options": options, "by_group": False}
+    if "text_sizes" in case:
+        whole["text_sizes"] = [sum(case["text_sizes"])]
     whole["negatives"] = {kind: [sum(counts)] for kind, counts in case.get("negatives", {}).items()}
     return worker.run(whole, 0, 1)
 
@@ -178,3 +180,46 @@ def test_terms_bfloat16_and_disagreement_on_two_ranks(tmp_path):
         assert "rank 0: width 5, torch.float32, rank 1: width 6, torch.float32" in rank[2]["message"]
         assert "rank 1: width 5, torch.float64" in rank[3]["message"]
     assert "made with world_size=2, rank=1, but the process group has world_size=2, rank=0" in ranks[0][4]["message"]
+
+
+def over_pairs(loss: str, sizes: list[int], *, options: dict | None = None, numbers: int = 1, **given: dict) -> dict:
+    """A batch for a loss by its public name; `given` holds more tensors of its images and texts."""
+    return batch(sizes, loss=loss, options=options or {}, numbers=numbers, **given)
+
+
+def with_ids(loss: str, sizes: list[int], text_sizes: list[int], **changes: object) -> dict:
+    """More or fewer texts than images, of which some share ids across ranks and some have none to share."""
+    generator = torch.Generator().manual_seed(2)
+    case = over_pairs(loss, sizes, **changes)
+    n, m = sum(sizes), sum(text_sizes)
+    case |= {"texts": torch.randn(m, 4, generator=generator, dtype=torch.float64), "text_sizes": text_sizes}
+    return case | {"of_images": {"image_ids": torch.arange(n) % 4}, "of_texts": {"text_ids": torch.arange(m) % 6 - 1}}
+
+
+MIL_NCE = {"positives": "inside", "denominator": "mil_nce"}
+
+
+def test_losses_over_pairs_and_ids_on_two_ranks(tmp_path):
+    cases = []
+    for sizes, text_sizes in (([5, 2], [4, 7]), ([0, 6], [9, 0])):
+        generator = torch.Generator().manual_seed(3)
+        peer = torch.randn(2, sum(sizes), 3, generator=generator, dtype=torch.float64)
+        private = torch.randn(sum(sizes), 2, 5, generator=generator, dtype=torch.float64)
+        peers = {"of_images": {"peer_image_features": peer[0], "peer_text_features": peer[1]}}
+        cases += [
+            with_ids("SigLipPlusLoss", sizes, text_sizes, numbers=2),
+            over_pairs("SigLipPlusLoss", sizes, numbers=2),
+            over_pairs("DecoupledContrastiveLoss", sizes, options={"weighted": True, "intra": True}),
+            over_pairs("DebiasedContrastiveLoss", sizes, options={"beta": 0.5}),
+            over_pairs("HardNegativeLoss", sizes, options={"k": 2}, of_images={"negative_features": private}),
+            over_pairs("HardNegativeLoss", sizes, options={"k": None, "direction_weights": (0.0, 1.0)}),
+            over_pairs("TripletLoss", sizes, options={"local_loss": True}),
+            over_pairs("TripletLoss", sizes, options={"mining": "hardest", "peer_form": "absolute"}, **peers),
+            with_ids("CircleLoss", sizes, text_sizes, numbers=0, options={"gamma": 4.0}),
+            with_ids("MultiPositiveLoss", sizes, text_sizes, options={"direction_weights": (0.3, 1.1)}),
+            with_ids("MultiPositiveLoss", sizes, text_sizes, options={"reduction": "sum"} | MIL_NCE),
+            with_ids("MultiPositiveLoss", sizes, text_sizes, options={"direction_weights": (0.0, 1.0)} | MIL_NCE),
+            with_ids("MultiPositiveLoss", sizes, text_sizes, options={"denominator": "others_excluded"}),
+        ]
+    cases = [case | {"backend": "reference"} for case in cases]
+    assert_ranks_equal_one_process(cases, spawn(cases, 2, tmp_path))

@@ -63,6 +63,8 @@ class AlignmentUniformityLoss(ContrastiveLoss):
         self.uniformity_weight = uniformity_weight
         self.cross_uniformity_weight = cross_uniformity_weight
         self.clip_loss_weight = clip_loss_weight
+        if not any((alignment_weight, uniformity_weight, cross_uniformity_weight, clip_loss_weight)):
+            raise ValueError("all four weights are 0: expected one that is not")
         self.contrast = ClipLoss(**options)
 
     def forward(
@@ -90,17 +92,18 @@ class AlignmentUniformityLoss(ContrastiveLoss):
         check_pairs(image_features, text_features)
         check_scalar("logit_scale", logit_scale)
         batch, (all_images, all_texts) = gather(image_features, text_features, group=self._group())
-        loss = self._finish(self.alignment_weight * squared_distances(image_features, text_features), batch)
+        terms = []
+        if self.alignment_weight:
+            distances = squared_distances(image_features, text_features)
+            terms.append(self.alignment_weight * self._finish(distances, batch))
         if self.uniformity_weight:
-            within = self._uniformity(image_features, all_images, batch) + self._uniformity(
-                text_features, all_texts, batch
-            )
-            loss = loss + self.uniformity_weight / 2 * within
+            for one, all_of_it in ((image_features, all_images), (text_features, all_texts)):
+                terms.append(self.uniformity_weight / 2 * self._uniformity(one, all_of_it, batch))
         if self.cross_uniformity_weight:
-            loss = loss + self.cross_uniformity_weight * self._uniformity(image_features, all_texts, batch)
+            terms.append(self.cross_uniformity_weight * self._uniformity(image_features, all_texts, batch))
         if self.clip_loss_weight:
-            contrast = self.contrast(image_features, text_features, logit_scale)
-            loss = loss + self.clip_loss_weight * contrast
+            terms.append(self.clip_loss_weight * self.contrast(image_features, text_features, logit_scale))
+        loss = torch.stack(terms).sum()
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _uniformity(self, x: Tensor, all_y: Tensor, batch: Shards) -> Tensor:
@@ -119,7 +122,8 @@ class AlignmentUniformityLoss(ContrastiveLoss):
         here = of_rows.logsumexp(0) if len(of_rows) else of_rows.sum() - torch.inf
         if batch.group is not None:
             here = _LogSumExpOverRanks.apply(here, batch)
-        return here - math.log(batch.total * (batch.total - 1))
+        # as a tensor: torch.compile would take the logarithm of a number as a constant
+        return here - here.new_full((), batch.total * (batch.total - 1)).log()
 
 
 class _LogSumExpOverRanks(torch.autograd.Function):

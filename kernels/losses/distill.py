@@ -99,16 +99,13 @@ class DistillClipLoss(ClipLoss):
         rows, cols = (soft_targets if weight else None for weight in self.direction_weights)
         reduced = batch.reduce(scale=logit_scale, rows=rows, cols=cols)
         teacher_own = batch.teacher_scores()
-        one_hot, gap = zip(
-            *(
-                [weight * terms for terms in soft_cross_entropy(results, teacher_own)]
-                for weight, results in zip(self.direction_weights, reduced, strict=True)
-                if weight
-            ),
-            strict=True,
-        )
-        contrastive = torch.stack(one_hot).sum(0)
-        distilled = contrastive + torch.stack(gap).sum(0)
+        both = [
+            (weight, soft_cross_entropy(results, teacher_own))
+            for weight, results in zip(self.direction_weights, reduced, strict=True)
+            if weight
+        ]
+        contrastive = torch.stack([weight * one_hot for weight, (one_hot, _) in both]).sum(0)
+        distilled = contrastive + torch.stack([weight * gap for weight, (_, gap) in both]).sum(0)
         losses = self._finish(contrastive, batch.shards), self._finish(distilled, batch.shards)
         return dict(zip(("contrastive_loss", "distill_loss"), losses, strict=True)) if output_dict else losses
 

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from ..contrastive import Diagonal, Teacher, similarity_reduce
+from ..contrastive.arguments import factor
 from ..distributed import gather
 from .base import check_matrix, check_pairs, check_scalar
-from .batch import PairBatch, Side, View
+from .batch import View
+from .positives import row_scores
 from .soft_target import SoftTargetLoss, soft_cross_entropy, soft_targets
 
 
@@ -93,18 +95,26 @@ class MomentumDistillationLoss(SoftTargetLoss):
                 check_matrix(name, queue, width=image_features.shape[1])
         image_keys, text_keys = (features.detach() for features in momentum.values())
         batch, (all_image_keys, all_text_keys) = gather(image_keys, text_keys, group=self._group())
-        sides = Side(image_features, taught=[image_keys]), Side(text_features, taught=[text_keys])
-        (teacher_own,) = PairBatch(*sides, teacher_scales=[logit_scale]).teacher_scores()
+        dtype = torch.promote_types(torch.promote_types(image_keys.dtype, text_keys.dtype), torch.float32)
+        with torch.no_grad():
+            teacher_own = row_scores(
+                image_keys, text_keys, factor(logit_scale, "logit_scale", dtype, image_keys.device)
+            )
 
-        def terms_of(queries: Side, keys: Tensor, queue: Tensor | None) -> Tensor:
+        def terms_of(queries: Tensor, query_keys: Tensor, keys: Tensor, queue: Tensor | None) -> Tensor:
             candidates = keys if queue is None else torch.cat([keys, queue.detach()])
-            teacher = Teacher(queries.taught[0], candidates, logit_scale)
-            view = View(queries.features, candidates, batch.start, Diagonal(batch.start), teachers=(teacher,))
+            teacher = Teacher(query_keys, candidates, logit_scale)
+            view = View(queries, candidates, batch.start, Diagonal(batch.start), teachers=(teacher,))
             results, _ = similarity_reduce(view.x, view.y, scale=logit_scale, rows=soft_targets(view))
             one_hot, gap = soft_cross_entropy(results, [teacher_own])
             return one_hot + self.alpha * gap
 
-        directions = ((sides[0], all_text_keys, text_queue), (sides[1], all_image_keys, image_queue))
-        terms = [weight * terms_of(*each) for weight, each in zip(self.direction_weights, directions) if weight]
+        directions = (
+            (image_features, image_keys, all_text_keys, text_queue),
+            (text_features, text_keys, all_image_keys, image_queue),
+        )
+        terms = [
+            weight * terms_of(*each) for weight, each in zip(self.direction_weights, directions, strict=True) if weight
+        ]
         loss = self._finish(torch.stack(terms).sum(0), batch)
         return {"contrastive_loss": loss} if output_dict else loss

@@ -97,7 +97,7 @@ def _check_rows(perm: Tensor, n: int) -> None:
     within = ((perm >= 0) & (perm < n)).all()
     if torch.compiler.is_compiling() or perm.device.type != "cpu":
         # Checked where the tensor is, without waiting for it.
-        torch._assert_async(within, f"perm: an entry is no row of the batch, 0 to {n - 1}")
+        torch._assert_async(within, "perm: an entry is no row of this rank's batch")
     elif not within:
         raise ValueError(
             f"perm holds {int(perm.min())} to {int(perm.max())}: expected rows of this rank's batch, 0 to {n - 1}"

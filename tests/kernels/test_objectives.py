@@ -120,6 +120,37 @@ def test_16_bit_features_lose_nothing_beyond_their_own_rounding(backend, embeddi
         assert relative_error(ours.grad, right.grad) < torch.finfo(torch.bfloat16).eps
 
 
+def test_autocast_changes_nothing(embeddings):
+    leaves = [each.float().requires_grad_() for each in (*embeddings(9, 9, 6), torch.tensor(20.0))]
+    b = beside([9], 6).to(torch.float32)
+    for objective in OBJECTIVES.values():
+        with use_backend("torch"):
+            plain = objective.call(objective.make(), *leaves, b)
+            with torch.autocast("cpu", torch.bfloat16):
+                cast = objective.call(objective.make(), *leaves, b)
+        assert torch.equal(plain, cast)
+        of_both = [torch.autograd.grad(value, leaves, allow_unused=True) for value in (plain, cast)]
+        for one, other in zip(*of_both):
+            assert one is other is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["distill", "vicinity_mix", "alignment_uniformity"])
+def test_one_compiled_graph_serves_batches_of_any_size(embeddings, name):
+    torch.compiler.reset()
+    objective, loss, graphs = OBJECTIVES[name], OBJECTIVES[name].make(), []
+
+    def remember(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda *batch: objective.call(loss, *batch), fullgraph=True, backend=remember)
+    with use_backend("torch"):
+        for n in (12, 20, 37):
+            batch = (*embeddings(n, n, 6), 4.0, beside([n], 6))
+            torch.testing.assert_close(compiled(*batch), objective.call(loss, *batch))
+    assert len(graphs) == 2, "one for the first size, one for all others"
+
+
 @pytest.mark.parametrize("name", ["distill", "soft_target", "momentum", "cwcl", "mod_x"])
 def test_teachers_get_no_gradient(dense, embeddings, name):
     objective, b = OBJECTIVES[name], beside([5], 6).mapped(lambda _, t: t.requires_grad_(t.is_floating_point()))
@@ -251,6 +282,12 @@ def test_vicinity_mix_mixes():
         (lambda: CACRLoss(tau_neg=-1.0), "tau_neg=-1.0: expected a number of at least 0"),
         (lambda: AlignmentUniformityLoss(reduction="sum"), "uniformity is the logarithm of a mean"),
         (lambda: AlignmentUniformityLoss(t=0), "t=0: expected a positive number"),
+        (
+            lambda: AlignmentUniformityLoss(
+                alignment_weight=0, uniformity_weight=0, cross_uniformity_weight=0, clip_loss_weight=0
+            ),
+            "all four weights are 0",
+        ),
         (lambda: MatryoshkaLoss([]), "expected whole numbers from 1"),
         (lambda: MatryoshkaLoss([2, 4], [1.0]), "1 weights for 2 widths"),
         (lambda: SDMLoss(direction_weights=(0, 0)), "expected two numbers of at least 0"),

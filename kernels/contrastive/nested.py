@@ -71,22 +71,28 @@ def nested_cross_entropy_sum(
         return total
     terms = []
     for width, weight in zip(widths, weights, strict=True):
-        rows, columns = x[:, :width], y[:, :width]
-        if normalize:
-            rows, columns = F.normalize(rows, dim=1), F.normalize(columns, dim=1)
-        pair = Diagonal(offset)
         terms.append(
             cross_entropy_sum(
-                rows,
-                columns,
+                prefix(x, width, normalize),
+                prefix(y, width, normalize),
                 scale=scale,
-                pair=pair,
+                pair=Diagonal(offset),
                 row_weight=weight * row_weight,
                 col_weight=weight * col_weight,
                 memory_budget=memory_budget,
             )
         )
     return torch.stack(terms).sum()
+
+
+def prefix(features: Tensor, width: int, normalize: bool) -> Tensor:
+    """The first features of each row, divided by their length if asked."""
+    found = features[:, :width]
+    if not normalize:
+        return found
+    # The length in float32: one rounding of 16-bit features, as the model's own normalisation has.
+    wide = found.to(torch.promote_types(found.dtype, torch.float32))
+    return F.normalize(wide, dim=-1).to(features.dtype)
 
 
 def _check_widths(widths: Sequence[int], weights: Sequence[float], width: int) -> None:

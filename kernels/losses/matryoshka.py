@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..contrastive import Diagonal
-from ..contrastive.sums import cross_entropies, cross_entropy_sum
+from ..contrastive.nested import nested_cross_entropy_sum, prefix
+from ..contrastive.sums import cross_entropies
 from ..distributed import Shards, gather
 from .base import check_pairs, check_scalar
 from .directions import TwoDirectionLoss
@@ -23,7 +23,9 @@ class MatryoshkaLoss(TwoDirectionLoss):
 
         sum_w weight_w ClipLoss(x[:w] / |x[:w]|, y[:w] / |y[:w]|, logit_scale),
 
-    so that every prefix can be searched by itself. ClipLoss, several ranks, value and gradient as there.
+    so that every prefix can be searched by itself. ClipLoss, several ranks, value and gradient as there. On the `cpp`
+    backend float32 features take one sweep for all widths while the logit scale is at most 50
+    (`contrastive/nested.py`); elsewhere each width takes one.
 
     Args:
         widths: the nested widths, (64, 128, 256, 512) say; those of the features themselves only if named.
@@ -51,6 +53,8 @@ class MatryoshkaLoss(TwoDirectionLoss):
         self.normalize = normalize
         if not self.widths or any(not isinstance(width, int) or width < 1 for width in self.widths):
             raise ValueError(f"widths={widths!r}: expected whole numbers from 1, the nested widths")
+        if len(set(self.widths)) < len(self.widths):
+            raise ValueError(f"widths={widths!r}: one of them comes twice; give it the sum of the weights")
         if len(self.weights) != len(self.widths):
             raise ValueError(f"{len(self.weights)} weights for {len(self.widths)} widths: expected one for each")
 
@@ -93,65 +97,40 @@ class MatryoshkaLoss(TwoDirectionLoss):
         self, x: Tensor, y: Tensor, row_weight: float, col_weight: float, scale: float | Tensor, batch: Shards
     ) -> Tensor:
         """This rank's terms, [n]; or their sum, with the batch's weight, where the reduction is one."""
-        summed = self.reduction != "none"
-        inside, outside = self._weights(batch) if summed else (1.0, 1.0)
-        share = nested_cross_entropy(
+        if self.reduction == "none":
+            return self._terms(x, y, row_weight, col_weight, scale, Diagonal(batch.start))
+        inside, outside = self._weights(batch)
+        order = sorted(range(len(self.widths)), key=self.widths.__getitem__)
+        share = nested_cross_entropy_sum(
             x,
             y,
-            self.widths,
-            self.weights,
             scale=scale,
-            pair=Diagonal(batch.start),
+            widths=[self.widths[k] for k in order],
+            weights=[self.weights[k] for k in order],
+            normalize=self.normalize,
+            offset=batch.start,
             row_weight=inside * row_weight,
             col_weight=inside * col_weight,
-            normalize=self.normalize,
-            summed=summed,
         )
         return share if outside == 1 else share * outside
 
-
-def nested_cross_entropy(
-    x: Tensor,
-    y: Tensor,
-    widths: Sequence[int],
-    weights: Sequence[float],
-    *,
-    scale: float | Tensor,
-    pair: Diagonal,
-    row_weight: float,
-    col_weight: float,
-    normalize: bool,
-    summed: bool,
-) -> Tensor:
-    """sum_w weight_w (row_weight CE(rows of S_w) + col_weight CE(columns of S_w)), S_w = scale * x[:, :w] y[:, :w]^T.
-
-    Returns:
-        The sum over rows and columns; or, if not `summed`, [N]: of row i and, for N = M, of column i.
-    """
-    total: Tensor | None = None
-    for width, weight in zip(widths, weights, strict=True):
-        prefixes = [_prefix(features, width, normalize) for features in (x, y)]
-        if summed:
-            term = cross_entropy_sum(
-                *prefixes, scale=scale, pair=pair, row_weight=weight * row_weight, col_weight=weight * col_weight
+    def _terms(
+        self, x: Tensor, y: Tensor, row_weight: float, col_weight: float, scale: float | Tensor, pair: Diagonal
+    ) -> Tensor:
+        """Of row i, and of column i where columns count, [N]."""
+        listed: list[Tensor] = []
+        for width, weight in zip(self.widths, self.weights, strict=True):
+            both = cross_entropies(
+                prefix(x, width, self.normalize),
+                prefix(y, width, self.normalize),
+                scale=scale,
+                pair=pair,
+                rows=row_weight != 0,
+                cols=col_weight != 0,
             )
-        else:
-            both = cross_entropies(*prefixes, scale=scale, pair=pair, rows=row_weight != 0, cols=col_weight != 0)
-            listed = [
+            listed += [
                 weight * direction * terms
                 for direction, terms in zip((row_weight, col_weight), both, strict=True)
                 if terms is not None
             ]
-            term = torch.stack(listed).sum(0)
-        total = term if total is None else total + term
-    assert total is not None
-    return total
-
-
-def _prefix(features: Tensor, width: int, normalize: bool) -> Tensor:
-    prefix = features[:, :width]
-    if not normalize:
-        return prefix
-    # The norm in float32: one rounding of 16-bit features, as the model's own normalisation has.
-    wide = prefix.to(torch.promote_types(prefix.dtype, torch.float32))
-    return F.normalize(wide, dim=-1).to(features.dtype)
+        return torch.stack(listed).sum(0)

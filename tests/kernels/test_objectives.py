@@ -316,7 +316,7 @@ def test_batches_that_do_not_fit_are_refused():
 
 
 def test_the_dense_formulations_of_the_benchmarks(dense, embeddings):
-    file = Path(__file__).parents[2] / "benchmarks" / "dense_losses_lossb.py"
+    file = Path(__file__).parents[2] / "benchmarks" / "dense_soft_losses.py"
     spec = importlib.util.spec_from_file_location(file.stem, file)
     plain = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plain)

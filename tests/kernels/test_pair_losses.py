@@ -33,8 +33,8 @@ from pairtile.kernels import (
 
 
 def dense_losses() -> ModuleType:
-    """benchmarks/dense_losses_lossa.py, without the root on sys.path."""
-    path = Path(__file__).parents[2] / "benchmarks" / "dense_losses_lossa.py"
+    """benchmarks/dense_pair_losses.py, without the root on sys.path."""
+    path = Path(__file__).parents[2] / "benchmarks" / "dense_pair_losses.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -155,7 +155,7 @@ def _library() -> tuple[ModuleType, ModuleType]:
     utilities = import_module("sentence_transformers.util")
     try:
         return import_module("sentence_transformers.sentence_transformer.losses"), utilities
-    except ModuleNotFoundError:  # before version 5.4
+    except ModuleNotFoundError:  # the older place
         return import_module("sentence_transformers.losses"), utilities
 
 

@@ -36,9 +36,10 @@ def ranking_case(batch: int, width: int, kind: str, mini_batch_size: int | None 
     """Pairs alone, or with `negatives` hard negatives for each query."""
     negatives = changes.pop("negatives", 0)
     sizes = {"batch": batch, "width": width, "negatives": negatives}
+    chunks = f", mini-batches of {mini_batch_size}" if mini_batch_size else ""
     columns = f", {negatives} hard negatives" if negatives else ""
     settings: dict[str, Any] = {
-        "name": f"{kind} float32{columns}",
+        "name": f"{kind} float32{chunks}{columns}",
         "inputs": make.text_inputs,
         "sizes": sizes,
         "error_sizes": sizes | {"batch": min(batch, ERROR_BATCH)},

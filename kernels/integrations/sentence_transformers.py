@@ -10,7 +10,8 @@
 gradients, without a matrix of scores; the cached loss embeds twice as before and finds the gradient of all embeddings in
 one call, not in one for each mini-batch of rows. All options of these losses are served. What cannot be served is left
 to sentence-transformers, after one warning that says why: another similarity than `cos_sim` or `dot_score`, sparse
-embeddings, a learnable scale together with a hardness.
+embeddings, a learnable scale together with a hardness. Similarities are float32 (float64 for float64 embeddings), under
+autocast too.
 """
 
 from __future__ import annotations
@@ -131,8 +132,8 @@ class _Switch:
         with self._lock:
             wanted = (self._always if always is None else always) or self._blocks + blocks > 0
             if wanted != self.on:
-                for owner, name, theirs, _, either in _methods().values():
-                    setattr(owner, name, either if wanted else theirs)
+                for method in _methods().values():
+                    setattr(method.owner, method.name, method.either if wanted else method.theirs)
             # last, so that an error above leaves all as it was
             self._always, self._blocks = self._always if always is None else always, self._blocks + blocks
             self.on = wanted
@@ -231,18 +232,25 @@ _SERVED: dict[str, tuple[str, Callable[..., Tensor]]] = {
 def _value(loss: Any, columns: Sequence[Tensor]) -> Tensor:
     """The loss of a batch: the embeddings [n, D] of the queries, of their positives, of their hard negatives."""
     utilities, options = _library()[1], _options(loss)
-    if loss.similarity_fct is not utilities.dot_score:
-        columns = [F.normalize(column, dim=-1) for column in columns]
+
+    def operand(column: Tensor) -> Tensor:
+        # In float32 at least, as their similarities take it: 16 bits would round what the softmax tells apart.
+        column = column.to(torch.promote_types(column.dtype, torch.float32))
+        return column if loss.similarity_fct is utilities.dot_score else F.normalize(column, dim=-1)
+
     queries, *documents = columns
     if not getattr(loss, "gather_across_devices", False):
-        return multiple_negatives_ranking(queries, documents, options)
+        return multiple_negatives_ranking(operand(queries), [operand(each) for each in documents], options)
     # Their gather and their share of the loss, a rank's own queries: what the trainer averages stays the same.
     gather = utilities.all_gather_with_grad
-    documents = [gather(column) for column in documents]
-    all_queries = gather(queries) if options.directions & {"query_to_query", "doc_to_query"} else None
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    documents = [operand(gather(each)) for each in documents]
+    compared = options.directions & {"query_to_query", "doc_to_query"}
     return multiple_negatives_ranking(
-        queries, documents, options, all_queries=all_queries, start=rank * queries.shape[0]
+        operand(queries),
+        documents,
+        options,
+        all_queries=operand(gather(queries)) if compared else None,
+        start=(dist.get_rank() if dist.is_available() and dist.is_initialized() else 0) * queries.shape[0],
     )
 
 

@@ -90,6 +90,17 @@ def test_every_option_gives_their_value_and_gradients(backend, dtype, some, serv
     assert len(served) == len(some(OPTIONS))
 
 
+def test_embeddings_of_16_bits_are_compared_in_32(relative_error):
+    half, loss = [each.bfloat16() for each in columns(1)], PAIRS(nn.Identity())
+    truth = value_and_gradients(loss, half, torch.float64)
+    given = value_and_gradients(pairtile_st.accelerate(loss), half, torch.bfloat16)
+    assert given[0].dtype == torch.float32
+    assert relative_error(given[0], truth[0]) < 5e-6
+    for gradient, expected in zip(given[1:], truth[1:], strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert relative_error(gradient, expected) < 2**-8  # its own rounding
+
+
 @pytest.mark.parametrize("options", [SYMMETRIC, OPTIONS[4], OPTIONS[6]])
 def test_gathered_embeddings_of_other_ranks(monkeypatch, served, relative_error, options):
     """Rank 1 of 3, as their gather would give it; gradients go to all that was gathered."""

@@ -23,6 +23,7 @@ class Peer:
 
 PEERS = {
     "open_clip": Peer("open_clip", "open_clip_torch"),
+    "sentence-transformers": Peer("sentence_transformers", "sentence-transformers"),
     # GPUs alone: benchmarks/gpu
     "memeff": Peer("memeff", "memeff"),
     "siglip-kernel": Peer("siglip_kernel", "siglip-kernel"),

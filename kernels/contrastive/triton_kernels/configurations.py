@@ -102,8 +102,10 @@ def pick_config(
         tile = _within(tile, 128, 64 if kernel == "weigh" else 128, 64)
     if pressure >= 2 and kernel != "product":
         narrow = not on_tensor_cores or not aligned
-        tall = pressure == 3 and not narrow
-        tile = (*_within(tile, 128 if tall else 64, 32 if narrow else 64, 64)[:3], 8, tile[4])
+        tall = pressure == 3 and not narrow and dtype != torch.float32
+        # With 8 warps the largest of a ragged tile keep a pointer on Blackwell's stack.
+        warps = 4 if arch == "sm100" and pressure == 3 and narrow else 8
+        tile = (*_within(tile, 128 if tall else 64, 32 if narrow else 64, 64)[:3], warps, tile[4])
     block_m, block_n, block_k, warps, stages = tile
     if kernel != "product":
         block_k = narrowed(block_k, width)

@@ -91,18 +91,22 @@ def reduce_tiles(
                 taught_cosines(teachers[STEPS[s][0]], tile, TEACHERS[STEPS[s][0]], BM, BN, PRECISION, INTERPRETED),
             )
         for f in tl.static_range(len(STEPS[s][1])):
-            if STEPS[s][1][f][0] == 6:
-                # In their own unit: scores that are equal there may differ in the last bit of base 2.
+            value = None
+            if STEPS[s][1][f][0] >= 4:
+                # Compared in their own unit: scores that are equal there may differ in the last bit of base 2.
                 if STEPS[s][1][f][7] < 0:
                     value = scores_of(cos, scale, bias, row_bias, col_bias, rows, cols, n, m, PER_ROW, 1.0)
                 else:
                     value = source(scores, taught, teachers, tile, STEPS[s][1][f][7], TEACHERS, 1.0)
+            if STEPS[s][1][f][0] == 6:
                 keys = (row_keys, col_keys, i, j, panel_rows, tiles_n)
                 _store_largest(value, keys, scores, tile, numbers, tensors, STEPS[s][1][f], ALL_KEYS, BM, BN)
             else:
                 partials = (row_partials, col_partials, i, j, panel_rows, tiles_m, tiles_n)
                 sources = (scores, taught, teachers, factors)
-                _store_sums(partials, sources, tile, numbers, tensors, STEPS[s][1][f], TEACHERS, PARTS, CALM, BM, BN)
+                _store_sums(
+                    partials, value, sources, tile, numbers, tensors, STEPS[s][1][f], TEACHERS, PARTS, CALM, BM, BN
+                )
 
 
 @triton.jit
@@ -132,6 +136,7 @@ def _store_largest(
 @triton.jit
 def _store_sums(
     to,
+    value,
     sources,
     tile,
     numbers,
@@ -153,7 +158,7 @@ def _store_sums(
     if FIELD[0] == 3:
         found = _softmax_mean(sources, tile, numbers, tensors, FIELD, TEACHERS, BM, BN)
     else:
-        found = _sums(sources, tile, numbers, tensors, FIELD, TEACHERS, CALM, BM, BN)
+        found = _sums(value, sources, tile, numbers, tensors, FIELD, TEACHERS, CALM, BM, BN)
     # The parts of the rows, then as many of the columns.
     if FIELD[5] >= 0:
         for part in tl.static_range(len(found) // 2):
@@ -165,6 +170,7 @@ def _store_sums(
 
 @triton.jit
 def _sums(
+    value,
     sources,
     tile,
     numbers,
@@ -185,7 +191,7 @@ def _sums(
         if KIND == 1:
             terms = softplus2(negating(scores, scores, tile, numbers, tensors, FIELD[3], FIELD[1], BM, BN))
         else:
-            terms = above(scores, tile, tensors, FIELD)
+            terms = above(value, tile, tensors, FIELD)
             if KIND == 4:
                 terms = tl.where(terms < 0, 0.0, terms)  # NaN stays
             else:
@@ -331,10 +337,10 @@ def merge_partials(
         mean = tl.where(total == 0, 0.0, weighted / total)
         tl.store(means + at, mean, mask=mask)
         tl.store(results + at, mean * LN2, mask=mask)
-    elif KIND == 5:
-        tl.store(results + at, total, mask=mask)
-    else:
+    elif KIND == 1:
         tl.store(results + at, total * LN2, mask=mask)
+    else:
+        tl.store(results + at, total, mask=mask)
     tl.store(totals + at, total, mask=mask)
 
 

@@ -1,4 +1,4 @@
-"""What a field is made of, in base 2: S or a teacher's similarity, a function of it, and what of it counts."""
+"""What a field is made of: S or a teacher's similarity, a function of it, and what of it counts."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def pace(scores, factors, AT: tl.constexpr):
 
 
 @triton.jit
-def above(scores, tile, tensors, FIELD: tl.constexpr):
-    """How far S lies above the owner's threshold."""
-    return scores - along(tensors[FIELD[9]], tile, 1 - FIELD[1]) * LOG2E
+def above(value, tile, tensors, FIELD: tl.constexpr):
+    """How far S, in its own unit, lies above the owner's threshold."""
+    return value - along(tensors[FIELD[9]], tile, 1 - FIELD[1])
 
 
 @triton.jit

@@ -104,8 +104,11 @@ def weigh_tiles(
                     gradient, sources, owned, tile, numbers, tensors, STEPS[s][1][f], TEACHERS, ONE_EXPONENTIAL, BM, BN
                 )
             else:
+                natural = None
+                if STEPS[s][1][f][0] == 4:
+                    natural = scores_of(cos, scale, bias, row_bias, col_bias, rows, cols, n, m, PER_ROW, 1.0)
                 gradient, value = _add_slopes(
-                    gradient, value, values, scores, owned, tile, numbers, tensors, STEPS[s][1][f], BM, BN
+                    gradient, value, values, scores, natural, owned, tile, numbers, tensors, STEPS[s][1][f], BM, BN
                 )
     for p in tl.static_range(len(PAIRS)):
         if touched(tile, numbers, PAIRS[p][0], BM, BN):
@@ -174,6 +177,7 @@ def _add_slopes(
     value,
     values,
     scores,
+    natural,
     owned,
     tile,
     numbers,
@@ -192,7 +196,7 @@ def _add_slopes(
         # d softplus(-z S) / dS = -z sigmoid(-z S)
         slope = negating(sigmoid2(a), scores, tile, numbers, tensors, FIELD[3], FIELD[1], BM, BN)
     else:
-        slope = tl.where(above(scores, tile, tensors, FIELD) > 0, 1.0, 0.0)
+        slope = tl.where(above(natural, tile, tensors, FIELD) > 0, 1.0, 0.0)
     slope = summed(slope, scores, tile, numbers, tensors, FIELD, BM, BN)
     if FIELD[5] >= 0:
         gradient += slope * along(row_factors[FIELD[5]], tile, 0)

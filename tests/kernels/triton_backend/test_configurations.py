@@ -136,8 +136,9 @@ def sigmoid_and_gradients(case: Case, dtype: torch.dtype | None = None) -> list[
         (pressure, variant)
         for pressure in range(4)
         for variant in spanning_variants(pressure)
-        # the sigmoid sum multiplies as torch was told to, which has no word for tf32x3
-        if pressure != 1 or variant.precision != "tf32x3"
+        # The sigmoid sum multiplies as torch was told to, which has no word for tf32x3; and most tiles of the highest
+        # pressure are those of the one below it.
+        if (pressure != 1 or variant.precision != "tf32x3") and (pressure != 3 or variant.tiles(3) != variant.tiles(2))
     ],
     ids=str,
 )

@@ -113,7 +113,7 @@ def label_of(launch: Launch) -> str:
     if launch.name == "add_product":
         parts += ["G^T x" if given["TRANSPOSED"] else "G y", "last" if given["out"] is not None else ""]
     if launch.name == "merge_partials":
-        parts.append("softplus" if given["KIND"] else "lse")
+        parts.append({0: "lse", 1: "softplus", 3: "mean", 4: "hinge", 5: "count"}[given["KIND"]])
     if given.get("CONTINUE"):
         parts.append("+=")
     if is_guarded(launch):

@@ -8,10 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pairtile.kernels import ColumnRange, Diagonal, DifferentId, LogSumExp, PairScore, SameId, SoftplusSum, Target
+from pairtile.kernels import (
+    ColumnRange,
+    Diagonal,
+    DifferentId,
+    LogSumExp,
+    Paced,
+    PairScore,
+    SameId,
+    SoftmaxMean,
+    SoftplusSum,
+    Target,
+    Teacher,
+)
 from pairtile.kernels.contrastive.operands import Operands
 from pairtile.kernels.contrastive.plan import Plan
-from pairtile.kernels.contrastive.reductions import Above
+from pairtile.kernels.contrastive.reductions import Above, Chosen, Count, Hinge
 
 #: Rows and columns: the batch that memeff and siglip-kernel advertise.
 BATCH = 65_536
@@ -88,12 +100,79 @@ def _rich(x: Tensor, y: Tensor) -> tuple[Operands, Plan]:
     ]
 
 
+def _teacher(x: Tensor, y: Tensor, width: int) -> Teacher:
+    """Its rows are aligned as those of x and y are."""
+    x, y = (_meta(len(each), width + 8 - each.stride(0) % 8, dtype=each.dtype)[:, :width] for each in (x, y))
+    return Teacher(x, y, _meta())
+
+
+def _distillation(x: Tensor, y: Tensor) -> tuple[Operands, Plan]:
+    """The cross-entropy of S against the softmax of two teachers, in both directions."""
+    teachers = [_teacher(x, y, width) for width in (768, 1024)]
+    asked = [LogSumExp(), *(SoftmaxMean(under=each) for each in teachers)]
+    return _plain(x, y), [(dim, each) for dim in (1, 0) for each in asked]
+
+
+def _taught(x: Tensor, y: Tensor) -> tuple[Operands, Plan]:
+    """Every way in which a teacher is asked for, one beside S and one beside the other."""
+    first, second = _teacher(x, y, 768), _teacher(x, y, 64)
+    weights = _meta(len(y))
+    asked = [
+        LogSumExp(of=first),
+        SoftmaxMean(first, None, 2.0, Diagonal(), weights),
+        SoftmaxMean(first, second, 0.5),
+        SoftmaxMean(under=second),
+        Chosen(4, Diagonal(), first),
+    ]
+    return _plain(x, y), [(1, each) for each in asked]
+
+
+def _mean(x: Tensor, y: Tensor) -> tuple[Operands, Plan]:
+    """The mean of S under its own softmax, in both directions."""
+    mean = SoftmaxMean(sharpness=2.0)
+    return _plain(x, y), [(1, mean), (0, mean)]
+
+
+def _circle(x: Tensor, y: Tensor) -> tuple[Operands, Plan]:
+    """The circle loss: classes, and scores that pace themselves."""
+    ids = _meta(len(x), dtype=torch.int64), _meta(len(y), dtype=torch.int64)
+    near, far = Paced(64.0, 1.0, 0.25, 0.25), Paced(-64.0, -1.0, 1.25, 0.75)
+    return _plain(x, y), [(1, LogSumExp(SameId(*ids), of=near)), (1, LogSumExp(DifferentId(*ids), of=far))]
+
+
+def _hinge(x: Tensor, y: Tensor) -> tuple[Operands, Plan]:
+    """The sum of hinges, in both directions: with it comes the number of pairs that count."""
+    plan: Plan = []
+    for dim, owners in ((1, x), (0, y)):
+        thresholds, own = _meta(len(owners)), Diagonal()
+        plan += [(dim, Count(thresholds, own)), (dim, Hinge(thresholds, own)), (dim, PairScore(own))]
+    return _plain(x, y), plan
+
+
+def _hardest(x: Tensor, y: Tensor) -> tuple[Operands, Plan]:
+    """Beside a cross-entropy the eight hardest pairs of each row and of each column."""
+    operands, plan = _clip(x, y)
+    return operands, [*plan, (1, Chosen(8, Diagonal())), (0, Chosen(8, Diagonal()))]
+
+
+def _retrieval(x: Tensor, y: Tensor) -> tuple[Operands, Plan]:
+    """So many of the largest that tiles leave the choice to torch."""
+    return _plain(x, y), [(1, Chosen(100)), (0, Chosen(100))]
+
+
 REQUESTS: dict[str, Callable[[Tensor, Tensor], tuple[Operands, Plan]]] = {
     "CLIP": _clip,
     "SigLIP": _siglip,
     "softplus": _softplus,
     "cross-entropy": _cross_entropy,
     "rich": _rich,
+    "distillation": _distillation,
+    "taught": _taught,
+    "mean": _mean,
+    "circle": _circle,
+    "hinge": _hinge,
+    "hardest": _hardest,
+    "retrieval": _retrieval,
 }
 
 

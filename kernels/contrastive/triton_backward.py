@@ -8,19 +8,33 @@ keeps them in registers multiplies S once for each, and takes 8.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .autograd import Settings
 from .operands import Operands
-from .plan import Plan
-from .reductions import Diagonal, LogSumExp, PairScore, SoftplusSum
+from .plan import Plan, result_count
+from .reductions import (
+    Chosen,
+    Count,
+    Diagonal,
+    Hinge,
+    LogSumExp,
+    Paced,
+    PairScore,
+    Served,
+    SoftmaxMean,
+    SoftplusSum,
+    Teacher,
+)
+from .torch_reductions import STATISTICS
 from .triton_kernels import launching
-from .triton_kernels.fields import Fields, fields_of
-from .triton_kernels.launches import Launches, panel_length, plain
+from .triton_kernels.fields import fields_of
+from .triton_kernels.launches import Launches, panel_length, plain, reach
 from .triton_kernels.launching import cdiv
 from .triton_kernels.product import add_product
 from .triton_kernels.weigh import weigh_tiles
@@ -38,9 +52,14 @@ def backward_results(
 ) -> list[Tensor | None]:
     """Gradients of the operands, None where not needed; `saved` is what the forward's statistics were, in a row."""
     given, operands = operands, plain(operands)
+    wanted = _with_gradient(plan, saved, grads)
+    if not wanted:
+        return [torch.zeros_like(each) if want and each is not None else None for each, want in zip(given, needed)]
     with torch.no_grad(), launching.on(operands.x.device):
-        fields = fields_of(plan, operands.length(1), operands.length(0), operands.scale)
-        upstream = _upstream(plan, fields, saved, grads, operands)
+        plan = [(each.dim, each.reduction) for each in wanted]
+        n, m = operands.length(1), operands.length(0)
+        fields = fields_of(plan, n, m, operands.scale, backward=True, scores=needed[2])
+        upstream = _upstream(wanted, operands)
         gradients = _Gradients(Launches(operands, fields, settings), upstream, needed).sweep()
     return [
         None if gradient is None or leaf is None else gradient.reshape(leaf.shape)
@@ -48,9 +67,36 @@ def backward_results(
     ]
 
 
+class Wanted(NamedTuple):
+    """A reduction whose gradient is to be made: its upstream gradient, contiguous, and the forward's statistics."""
+
+    dim: int
+    reduction: LogSumExp | SoftplusSum | PairScore | SoftmaxMean | Hinge
+    grad: Tensor
+    statistics: list[Tensor]
+
+
+def _with_gradient(plan: Plan, saved: list[Tensor], grads: list[Tensor]) -> list[Wanted]:
+    """Without the reductions whose results nothing is differentiated through: of S, or of a teacher alone."""
+    found: list[Wanted] = []
+    statistics, upstream = iter(saved), iter(grads)
+    for dim, reduction in plan:
+        kept = [next(statistics) for _ in range(STATISTICS[type(reduction)])]
+        grad, *_ = [next(upstream) for _ in range(result_count(reduction))]
+        if not isinstance(reduction, (Count, Chosen)) and not _is_constant(reduction):
+            found.append(Wanted(dim, reduction, grad.contiguous(), kept))
+    return found
+
+
+def _is_constant(reduction: Served) -> bool:
+    if isinstance(reduction, SoftmaxMean):
+        return reduction.of is not None and reduction.under is not None
+    return isinstance(reduction, LogSumExp) and isinstance(reduction.of, Teacher)
+
+
 @dataclass
 class Upstream:
-    """What the weights of the pairs are made of: shifts and factors of each slot, by direction.
+    """What the weights of the pairs are made of, for each slot, by direction: an empty tensor where a slot has none.
 
     Attributes:
         unit: [], a power of two; factors are given in it. Sums of a few factors then fit into float16.
@@ -58,37 +104,55 @@ class Upstream:
     """
 
     shifts: dict[int, list[Tensor]]
+    means: dict[int, list[Tensor]]
     factors: dict[int, list[Tensor]]
     unit: Tensor
     one_exponential: Tensor
 
 
-def _upstream(plan: Plan, fields: Fields, saved: list[Tensor], grads: list[Tensor], operands: Operands) -> Upstream:
-    remaining = iter(saved)
-    shifts: dict[int, list[Tensor]] = {1: [], 0: []}
-    factors: dict[int, list[Tensor]] = {1: [], 0: []}
-    sizes = []
+def _upstream(wanted: list[Wanted], operands: Operands) -> Upstream:
+    shifts, means, factors = ({1: [], 0: []} for _ in range(3))
+    sizes, near = [], []
+    none = operands.scale.new_zeros(0)
     # In the order of the slots: those that look at every pair come first.
-    for (dim, reduction), grad in zip(plan, grads, strict=True):
-        grad = grad.contiguous()
-        sizes.append(grad)
-        if isinstance(reduction, LogSumExp):
-            shift, total = next(remaining), next(remaining)
-            shifts[dim].append(shift)
-            factors[dim].append((grad / total).masked_fill_(total == 0, 0))
-        elif isinstance(reduction, SoftplusSum):
-            shifts[dim].append(operands.scale.new_zeros(0))
-            factors[dim].append(grad)
-            if reduction.weights is not None and reduction.weights.numel():
-                sizes.append(grad * reduction.weights.amax())
-    for (dim, reduction), grad in zip(plan, grads, strict=True):
+    for dim, reduction, grad, statistics in sorted(wanted, key=lambda each: isinstance(each.reduction, PairScore)):
+        sizes += [grad, *_amplified(reduction, grad, operands)]
         if isinstance(reduction, PairScore):
-            factors[dim].append(grad.contiguous())
+            factors[dim].append(grad)
+            continue
+        shift, total, mean = [*statistics, *[none] * (3 - len(statistics))]
+        shifts[dim].append(shift)
+        means[dim].append(mean)
+        factors[dim].append((grad / total).masked_fill_(total == 0, 0) if statistics else grad)
+        if isinstance(reduction, LogSumExp) and shift.numel():
+            near.append(shift.abs().amax())
     unit = unit_of(sizes, operands.x.dtype, operands.x.device)
-    flat = [each.abs().amax() for found in shifts.values() for each in found if each.numel()]
-    near = torch.stack(flat).amax() <= _ONE_EXPONENTIAL if flat else torch.ones((), device=unit.device)
+    one = torch.stack(near).amax() <= _ONE_EXPONENTIAL if near else torch.ones((), device=unit.device)
     scaled = {dim: [each / unit for each in found] for dim, found in factors.items()}
-    return Upstream(shifts, scaled, unit, near.to(torch.int32))
+    return Upstream(shifts, means, scaled, unit, one.to(torch.int32))
+
+
+def _amplified(reduction: Served, grad: Tensor, operands: Operands) -> Iterator[Tensor]:
+    """Bounds of a pair's weight in G, where its upstream gradient alone is none."""
+    if isinstance(reduction, (SoftplusSum, Hinge)):
+        if reduction.weights is not None and reduction.weights.numel():
+            yield grad * reduction.weights.amax()
+    elif not operands.x.numel() or not operands.y.numel():
+        return
+    elif isinstance(reduction, LogSumExp) and isinstance(reduction.of, Paced):
+        pace = reduction.of
+        yield grad * (abs(pace.gain) * (abs(pace.slope) * _reach(None, operands) + abs(pace.offset)))
+    elif isinstance(reduction, SoftmaxMean) and reduction.under is None:
+        yield grad * (1 + 2 * abs(reduction.sharpness) * _reach(reduction.of, operands))
+
+
+def _reach(teacher: Teacher | None, operands: Operands) -> Tensor:
+    """A bound of |S|, or of a teacher's similarity."""
+    if teacher is None:
+        x, y, scale, *biases = operands
+        return reach(x, y, scale, biases)
+    assert isinstance(teacher.scale, Tensor), "the operator resolves it before a backend sees it"
+    return reach(teacher.x, teacher.y, teacher.scale)
 
 
 def unit_of(sizes: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -109,11 +173,11 @@ def sigmoid_sum(
     Gradients in the dtype of their operand, but float32 for float16 features.
     """
     operands = plain(operands)
-    plan: Plan = [(1, SoftplusSum(positive))]
+    reduction = SoftplusSum(positive)
     with launching.on(operands.x.device):
-        fields = fields_of(plan, operands.length(1), operands.length(0), operands.scale)
+        fields = fields_of([(1, reduction)], operands.length(1), operands.length(0), operands.scale)
         grad = operands.scale.new_full((operands.length(1),), weight)
-        upstream = _upstream(plan, fields, [], [grad], operands)
+        upstream = _upstream([Wanted(1, reduction, grad, [])], operands)
         sweep = _Gradients(Launches(operands, fields, settings), upstream, needed, values=True)
         gradients = sweep.sweep()
     return weight * sweep.value, gradients
@@ -134,12 +198,12 @@ class _Gradients:
         self._products = self._needed[0] or self._needed[1]
         n, m, d = launches.n, launches.m, launches.d
         ragged = n % 16 != 0 or m % 16 != 0  # edges to be masked element by element
-        self._tile = launches.config("weigh", pressure=2 if len(launches.fields.fields) > 1 else int(values or ragged))
+        self._tile = launches.config("weigh", pressure=launches.fields.pressure or int(values or ragged))
         # Panels end with a tile, but for the last ones.
         self._product, self._last_product = (launches.config("product", columns=d, pressure=k) for k in (0, 1))
         self._rows, self._cols = panel_shape(n, m, launches.settings.budget // operands.x.element_size())
         self._factor, self._row_scale = self._scales()
-        shared = any(kind == 0 and row >= 0 and col >= 0 for kind, *_, row, col in launches.fields.fields)
+        shared = any(each.kind == 0 and each.row >= 0 and each.col >= 0 for each in launches.fields.fields)
         self._variants = (True, False) if shared else (False,)
         wanted = dict(zip(Operands._fields, self._needed, strict=True))
         self._sums = {
@@ -227,6 +291,8 @@ class _Gradients:
         return {
             "row_shifts": tuple(upstream.shifts[1]) or filler,
             "col_shifts": tuple(upstream.shifts[0]) or filler,
+            "row_means": (tuple(upstream.means[1]) or filler) if fields.means else None,
+            "col_means": (tuple(upstream.means[0]) or filler) if fields.means else None,
             "row_factors": tuple(upstream.factors[1]) or filler,
             "col_factors": tuple(upstream.factors[0]) or filler,
             "one_exponential": upstream.one_exponential if len(self._variants) > 1 else None,

@@ -9,13 +9,20 @@ from torch import Tensor
 from pairtile.kernels import (
     AbovePositive,
     ColumnRange,
+    CountAbove,
     Diagonal,
     DifferentId,
+    HingeSum,
     LogSumExp,
+    Max,
+    Paced,
     PairScore,
     SameId,
+    SoftmaxMean,
     SoftplusSum,
     Target,
+    Teacher,
+    TopK,
     similarity_reduce,
 )
 from similarity_cases import NAMES, Case, dense_scores, objective
@@ -52,8 +59,48 @@ def everything(n: int, m: int, margin: float) -> tuple[list, list]:
     return rows, cols
 
 
+def teacher(n: int, m: int, d: int, scale: float | Tensor) -> Teacher:
+    """Of features that are eighths, exact in every dtype."""
+    x, y = ((torch.arange(rows * d).view(rows, d) * step % 17 - 8) / 8 for rows, step in ((n, 37), (m, 29)))
+    return Teacher(x, y, scale)
+
+
+def distillation(n: int, m: int, margin: float) -> tuple[list, list]:
+    """Two teachers, whose rows a descriptor can load, in both directions: beside S, beside each other, alone."""
+    first, second = teacher(n, m, 24, 1.5), teacher(n, m, 72, torch.linspace(-0.5, 1, n))
+    rows = [LogSumExp(Diagonal()), SoftmaxMean(under=first), SoftmaxMean(second, first), LogSumExp(of=second)]
+    cols = [LogSumExp(Diagonal()), SoftmaxMean(under=first), SoftmaxMean(second, None, 0.5, Diagonal())]
+    return rows, cols
+
+
+def above_and_largest(n: int, m: int, margin: float) -> tuple[list, list]:
+    """What else a field can be, with weights and with thresholds, and a teacher whose rows no descriptor can load."""
+    own, taught = Diagonal(), teacher(n, m, 5, 2.0)
+    rows = [
+        LogSumExp(own, of=Paced(0.5, 0.3, 0.2, -1.0)),
+        HingeSum(-margin, own, None, torch.linspace(0, 1, m)),
+        TopK(5, own),
+        TopK(20, ColumnRange(3, 9), taught),
+    ]
+    cols = [
+        SoftmaxMean(None, None, -0.5, AbovePositive(margin), torch.linspace(0, 1, n)),
+        HingeSum(-margin, Diagonal(), Diagonal(2)),
+        CountAbove(margin, own),
+        Max(own),
+        LogSumExp(own, of=Paced(-0.5, -0.3, 0.2, 1.0)),
+    ]
+    return rows, cols
+
+
 #: Of (n, m, margin); the margin of thresholds, if there are any.
-REQUESTS = {"CLIP": clip, "SigLIP": siglip, "one direction": one_direction, "everything": everything}
+REQUESTS = {
+    "CLIP": clip,
+    "SigLIP": siglip,
+    "one direction": one_direction,
+    "everything": everything,
+    "distillation": distillation,
+    "above and largest": above_and_largest,
+}
 
 
 def request_case(name: str, n: int, m: int, d: int, dtype: torch.dtype, *, aligned: bool, device: str = "cpu") -> Case:
@@ -70,11 +117,15 @@ def request_case(name: str, n: int, m: int, d: int, dtype: torch.dtype, *, align
         scale = torch.linspace(-3, 14.3, n)
         biases = [torch.tensor(0.4), torch.randn(n, generator=generator), torch.randn(m, generator=generator)]
     case = Case([x, y, scale, *biases])
-    margin = clear_margin(case) if name == "everything" else 0.0
+    margin = clear_margin(case) if name in ("everything", "above and largest") else 0.0
     with torch.device(device):
         case.rows, case.cols = REQUESTS[name](n, m, margin)
-    lengths = [n] * len(case.rows) + [m] * len(case.cols)
-    case.upstream = [torch.randn(length, generator=generator).to(device) for length in lengths]
+    shapes = [
+        (owners, *([each.k] if isinstance(each, TopK) else []))
+        for owners, asked in ((n, case.rows), (m, case.cols))
+        for each in asked
+    ]
+    case.upstream = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
     case.operands = [None if each is None else moved(each, device) for each in case.operands]
     return case
 

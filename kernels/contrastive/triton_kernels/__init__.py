@@ -5,5 +5,6 @@ the tiles. `weigh_tiles` (backward) multiplies the tile again and writes G = d o
 multiplies G by the features of the other side. `triton_forward.py` and `triton_backward.py` beside this folder launch
 them.
 
-All scores are kept in base 2, S log2(e): the exponentials and logarithms of the hardware have that base.
+Scores are kept in base 2, S log2(e): the exponentials and logarithms of the hardware have that base. Where the order of
+scores is the result, in hinges and the largest, they are S itself: what is equal there stays equal.
 """

@@ -83,7 +83,8 @@ def pick_config(
         aligned: rows of the features start at multiples of 16 bytes. If not they are loaded element by element, whose
             addresses take registers.
         pressure: on the registers, in which a tile stays as long as something is made of it: 0 with one field, 1 where
-            terms and weights are made of it at once, 2 with several fields. Of the product: 1 where rows end in a tile.
+            terms and weights are made of it at once, 2 with several fields, 3 where two or three tiles are needed at
+            once but little to tell which pairs count. Of the product: 1 where rows end in a tile.
 
     Raises:
         ValueError: a name that is in none of these lists, or a precision that Triton does not have there.
@@ -99,18 +100,28 @@ def pick_config(
         tile = _within(tile, 128, 128 if kernel == "reduce" else 64, 32)
     if pressure == 1 and on_tensor_cores:
         tile = _within(tile, 128, 64 if kernel == "weigh" else 128, 64)
-    if pressure == 2 and kernel != "product":
+    if pressure >= 2 and kernel != "product":
         narrow = not on_tensor_cores or not aligned
-        tile = (*_within(tile, 64, 32 if narrow else 64, 64)[:3], 8, tile[4])
+        tall = pressure == 3 and not narrow and dtype != torch.float32
+        # With 8 warps the largest of a ragged tile keep a pointer on Blackwell's stack.
+        warps = 4 if arch == "sm100" and pressure == 3 and narrow else 8
+        tile = (*_within(tile, 128 if tall else 64, 32 if narrow else 64, 64)[:3], warps, tile[4])
     block_m, block_n, block_k, warps, stages = tile
-    while kernel != "product" and block_k >= 2 * max(width, 32):
-        block_k //= 2
+    if kernel != "product":
+        block_k = narrowed(block_k, width)
     if columns is not None:
         while block_n >= 2 * max(columns, 64):
             block_n //= 2
         if arch == "sm100" and block_n == 64 and (aligned or precision != "tf32x3"):
             warps = 4  # with 8 the compiler keeps an address on the stack; with 4 and three products, some operands
     return Config(block_m, block_n, block_k, warps, stages)
+
+
+def narrowed(block_k: int, width: int) -> int:
+    """The chunk of the inner dimension that a narrow one fills."""
+    while block_k >= 2 * max(width, 32):
+        block_k //= 2
+    return block_k
 
 
 def _tile(arch: str, kernel: str, dtype: torch.dtype, precision: str) -> _Tile:

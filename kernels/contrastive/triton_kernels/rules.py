@@ -32,7 +32,7 @@ def touched(tile, numbers, RULES: tl.constexpr, BM: tl.constexpr, BN: tl.constex
 @triton.jit
 def named(scores, tile, numbers, tensors, RULES: tl.constexpr, DIM: tl.constexpr):
     """bool, of the tile's shape: the pairs that at least one rule names. DIM: whose thresholds, rows' (1) or columns'."""
-    found = tl.full(scores.shape, 0, tl.int1)
+    found = tl.full((tile[2].shape[0], tile[3].shape[0]), 0, tl.int1)
     for k in tl.static_range(len(RULES)):
         found = found | _named_by(scores, tile, numbers, tensors, RULES[k], DIM)
     return found
@@ -50,7 +50,7 @@ def _named_by(scores, tile, numbers, tensors, RULE: tl.constexpr, DIM: tl.conste
         return _ids(tensors[RULE[1]], rows, n)[:, None] != _ids(tensors[RULE[2]], cols, m)[None, :]
     elif code == 3:
         inside = (cols >= numbers[RULE[1]]) & (cols < numbers[RULE[2]])
-        return tl.broadcast_to(inside[None, :], scores.shape)
+        return tl.broadcast_to(inside[None, :], (rows.shape[0], cols.shape[0]))
     elif code == 5:
         return _ids(tensors[RULE[1]], rows, n)[:, None] == cols[None, :]
     else:
@@ -58,11 +58,8 @@ def _named_by(scores, tile, numbers, tensors, RULE: tl.constexpr, DIM: tl.conste
             own = rows[:, None] + numbers[RULE[1]] == cols[None, :]
         else:
             own = _ids(tensors[RULE[1]], rows, n)[:, None] == cols[None, :]
-        if DIM == 1:
-            threshold = tl.load(tensors[RULE[2]] + rows, mask=rows < n, other=0.0)[:, None]
-        else:
-            threshold = tl.load(tensors[RULE[2]] + cols, mask=cols < m, other=0.0)[None, :]
-        return (scores > threshold * LOG2E) & ~own
+        # The owners' own vector lies along the axis that is not reduced.
+        return (scores > along(tensors[RULE[2]], tile, 1 - DIM) * LOG2E) & ~own
 
 
 @triton.jit

@@ -1,11 +1,11 @@
-"""One tile of S: which one a program works on, its cosines, its scores."""
+"""One tile of S, or of a teacher's similarity: which one a program works on, its cosines, its scores."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .elementwise import LOG2E, wide
+from .elementwise import wide
 
 
 @triton.jit
@@ -66,16 +66,42 @@ def cosines(
 
 
 @triton.jit
-def base2_scores(cos, scale, bias, row_bias, col_bias, rows, cols, n, m, PER_ROW: tl.constexpr):
-    """S log2(e) of a tile of cosines. The scale is multiplied by log2(e) first: S itself is not rounded on the way."""
+def scores_of(cos, scale, bias, row_bias, col_bias, rows, cols, n, m, PER_ROW: tl.constexpr, UNIT: tl.constexpr):
+    """S of a tile of cosines, times UNIT, log2(e) or 1. The scale takes the factor first: S itself is not rounded on the
+    way."""
     if PER_ROW:
-        scores = cos * (tl.load(scale + rows, mask=rows < n, other=0.0) * LOG2E)[:, None]
+        scores = cos * (tl.load(scale + rows, mask=rows < n, other=0.0) * UNIT)[:, None]
     else:
-        scores = cos * (tl.load(scale) * LOG2E)
+        scores = cos * (tl.load(scale) * UNIT)
     if bias is not None:
-        scores += tl.load(bias) * LOG2E
+        scores += tl.load(bias) * UNIT
     if row_bias is not None:
-        scores += (tl.load(row_bias + rows, mask=rows < n, other=0.0) * LOG2E)[:, None]
+        scores += (tl.load(row_bias + rows, mask=rows < n, other=0.0) * UNIT)[:, None]
     if col_bias is not None:
-        scores += (tl.load(col_bias + cols, mask=cols < m, other=0.0) * LOG2E)[None, :]
+        scores += (tl.load(col_bias + cols, mask=cols < m, other=0.0) * UNIT)[None, :]
     return scores
+
+
+@triton.jit
+def taught_cosines(
+    teacher,
+    tile,
+    TEACHER: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """As `cosines`, of a teacher (x, y, strides of x, of y, scale, width), whose constants are (PER_ROW, TMA, BK)."""
+    row, col, rows, cols, n, m = tile
+    x, y, x_strides, y_strides, scale, d = teacher
+    TMA: tl.constexpr = TEACHER[1]
+    BK: tl.constexpr = TEACHER[2]
+    return cosines(x, y, x_strides, y_strides, row, col, n, m, d, BM, BN, BK, TMA, PRECISION, INTERPRETED)
+
+
+@triton.jit
+def taught_scores(cos, teacher, tile, TEACHER: tl.constexpr, UNIT: tl.constexpr):
+    """As `scores_of`, of a teacher."""
+    row, col, rows, cols, n, m = tile
+    return scores_of(cos, teacher[4], None, None, None, rows, cols, n, m, TEACHER[0], UNIT)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elementwise import LN2, rounded, sigmoid2, softplus2, wide
-from .rules import along, excluding, named, negating, touched
-from .tiles import base2_scores, cosines, tile_of
+from .elementwise import LN2, LOG2E, rounded, sigmoid2, softplus2, wide
+from .rules import along, named, negating, touched
+from .sources import above, exponents, pace, source, summed
+from .tiles import cosines, scores_of, taught_cosines, tile_of
 
 
 @triton.jit
@@ -26,9 +27,13 @@ def weigh_tiles(
     row_bias,
     col_bias,
     numbers,
+    factors,
     tensors,
+    teachers,
     row_shifts,
     col_shifts,
+    row_means,
+    col_means,
     row_factors,
     col_factors,
     one_exponential,
@@ -48,7 +53,8 @@ def weigh_tiles(
     d,
     tiles_m,
     tiles_n,
-    FIELDS: tl.constexpr,
+    STEPS: tl.constexpr,
+    TEACHERS: tl.constexpr,
     PAIRS: tl.constexpr,
     ONE_EXPONENTIAL: tl.constexpr,
     PER_ROW: tl.constexpr,
@@ -60,7 +66,8 @@ def weigh_tiles(
     BK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Owns tile (i, j) of the panel of S at (panel_row, panel_col). Streams D. In registers: the cosines and the weights.
+    """Owns tile (i, j) of the panel of S at (panel_row, panel_col). Streams D, of each source in its turn.
+    In registers: the cosines and the weights, and the tiles of the teachers whose fields are not done.
 
     Stores G, times `row_scale` if there is one, to weights [whole tiles of rows, of columns], in the dtype of the products; and,
     where asked for, in float32 and before any rounding, sum_j G to row_sums and sum_j G cos to row_cosines
@@ -77,36 +84,32 @@ def weigh_tiles(
     i, j = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP)
     row, col = panel_row + i * BM, panel_col + j * BN
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
-    cos = cosines(x, y, x_strides, y_strides, row, col, n, m, d, BM, BN, BK, TMA, PRECISION, INTERPRETED)
-    scores = base2_scores(cos, scale, bias, row_bias, col_bias, rows, cols, n, m, PER_ROW)
     tile = (row, col, rows, cols, n, m)
+    scores, taught = None, ()
     gradient = tl.zeros((BM, BN), tl.float32)
     value = tl.zeros((BM,), tl.float32)
-    for f in tl.static_range(len(FIELDS)):
-        # (kind, dim, weights, positive, exclude, row slot, column slot)
-        if FIELDS[f][0] == 0:
-            z = excluding(scores, float("-inf"), scores, tile, numbers, tensors, FIELDS[f][4], FIELDS[f][1], BM, BN)
-            if FIELDS[f][2] >= 0:
-                weight = along(tensors[FIELDS[f][2]], tile, FIELDS[f][1])
-                z = tl.where(weight == 0, float("-inf"), z + tl.log2(weight))
-            gradient += _softmax_weights(
-                z, tile, row_shifts, col_shifts, row_factors, col_factors, FIELDS[f], ONE_EXPONENTIAL
-            )
+    for s in tl.static_range(len(STEPS)):
+        if STEPS[s][0] < 0:
+            cos = cosines(x, y, x_strides, y_strides, row, col, n, m, d, BM, BN, BK, TMA, PRECISION, INTERPRETED)
+            scores = scores_of(cos, scale, bias, row_bias, col_bias, rows, cols, n, m, PER_ROW, LOG2E)
         else:
-            a = negating(scores, scores, tile, numbers, tensors, FIELDS[f][3], FIELDS[f][1], BM, BN)
-            if values is not None:
-                terms = excluding(softplus2(a), 0.0, scores, tile, numbers, tensors, FIELDS[f][4], FIELDS[f][1], BM, BN)
-                value += tl.sum(terms, 1) * LN2
-            # d softplus(-z S) / dS = -z sigmoid(-z S)
-            slope = negating(sigmoid2(a), scores, tile, numbers, tensors, FIELDS[f][3], FIELDS[f][1], BM, BN)
-            slope = excluding(slope, 0.0, scores, tile, numbers, tensors, FIELDS[f][4], FIELDS[f][1], BM, BN)
-            if FIELDS[f][2] >= 0:
-                weight = along(tensors[FIELDS[f][2]], tile, FIELDS[f][1])
-                slope = tl.where(weight == 0, 0.0, slope * weight)
-            if FIELDS[f][5] >= 0:
-                gradient += slope * along(row_factors[FIELDS[f][5]], tile, 0)
-            if FIELDS[f][6] >= 0:
-                gradient += slope * along(col_factors[FIELDS[f][6]], tile, 1)
+            taught += (
+                taught_cosines(teachers[STEPS[s][0]], tile, TEACHERS[STEPS[s][0]], BM, BN, PRECISION, INTERPRETED),
+            )
+        for f in tl.static_range(len(STEPS[s][1])):
+            sources = (scores, taught, teachers, factors)
+            owned = (row_shifts, col_shifts, row_means, col_means, row_factors, col_factors)
+            if STEPS[s][1][f][0] == 0 or STEPS[s][1][f][0] == 3:
+                gradient = _add_softmax(
+                    gradient, sources, owned, tile, numbers, tensors, STEPS[s][1][f], TEACHERS, ONE_EXPONENTIAL, BM, BN
+                )
+            else:
+                natural = None
+                if STEPS[s][1][f][0] == 4:
+                    natural = scores_of(cos, scale, bias, row_bias, col_bias, rows, cols, n, m, PER_ROW, 1.0)
+                gradient, value = _add_slopes(
+                    gradient, value, values, scores, natural, owned, tile, numbers, tensors, STEPS[s][1][f], BM, BN
+                )
     for p in tl.static_range(len(PAIRS)):
         if touched(tile, numbers, PAIRS[p][0], BM, BN):
             own = named(scores, tile, numbers, tensors, PAIRS[p][0], 1) & (rows < n)[:, None] & (cols < m)[None, :]
@@ -137,6 +140,72 @@ def weigh_tiles(
 
 
 @triton.jit
+def _add_softmax(
+    gradient,
+    sources,
+    owned,
+    tile,
+    numbers,
+    tensors,
+    FIELD: tl.constexpr,
+    TEACHERS: tl.constexpr,
+    ONE_EXPONENTIAL: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """`gradient` with the weights of a log-sum-exp or a mean."""
+    scores, taught, teachers, factors = sources
+    row_shifts, col_shifts, row_means, col_means, row_factors, col_factors = owned
+    z = exponents(scores, taught, teachers, factors, tile, numbers, tensors, FIELD, TEACHERS, BM, BN)
+    if FIELD[0] == 3:
+        a = source(scores, taught, teachers, tile, FIELD[7], TEACHERS, LOG2E)
+        if FIELD[5] >= 0:
+            gradient += _mean_weights(z, a, factors, tile, row_shifts, row_means, row_factors, FIELD, 1)
+        if FIELD[6] >= 0:
+            gradient += _mean_weights(z, a, factors, tile, col_shifts, col_means, col_factors, FIELD, 0)
+    else:
+        w = _softmax_weights(z, tile, row_shifts, col_shifts, row_factors, col_factors, FIELD, ONE_EXPONENTIAL)
+        if FIELD[9] >= 0:
+            w *= pace(scores, factors, FIELD[9])
+        gradient += w
+    return gradient
+
+
+@triton.jit
+def _add_slopes(
+    gradient,
+    value,
+    values,
+    scores,
+    natural,
+    owned,
+    tile,
+    numbers,
+    tensors,
+    FIELD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """`gradient` with the weights of a sum of softplus or hinge terms; and, if `values` are wanted, `value` with the terms'
+    sums."""
+    row_shifts, col_shifts, row_means, col_means, row_factors, col_factors = owned
+    if FIELD[0] == 1:
+        a = negating(scores, scores, tile, numbers, tensors, FIELD[3], FIELD[1], BM, BN)
+        if values is not None:
+            value += tl.sum(summed(softplus2(a), scores, tile, numbers, tensors, FIELD, BM, BN), 1) * LN2
+        # d softplus(-z S) / dS = -z sigmoid(-z S)
+        slope = negating(sigmoid2(a), scores, tile, numbers, tensors, FIELD[3], FIELD[1], BM, BN)
+    else:
+        slope = tl.where(above(natural, tile, tensors, FIELD) > 0, 1.0, 0.0)
+    slope = summed(slope, scores, tile, numbers, tensors, FIELD, BM, BN)
+    if FIELD[5] >= 0:
+        gradient += slope * along(row_factors[FIELD[5]], tile, 0)
+    if FIELD[6] >= 0:
+        gradient += slope * along(col_factors[FIELD[6]], tile, 1)
+    return gradient, value
+
+
+@triton.jit
 def _softmax_weights(
     z, tile, row_shifts, col_shifts, row_factors, col_factors, FIELD: tl.constexpr, ONE_EXPONENTIAL: tl.constexpr
 ):
@@ -156,3 +225,21 @@ def _softmax_weights(
         return tl.exp2(z - row_shift) * by_row
     else:
         return tl.exp2(z - col_shift) * by_col
+
+
+@triton.jit
+def _mean_weights(z, a, factors, tile, shifts, means, owners_factors, FIELD: tl.constexpr, DIM: tl.constexpr):
+    """factor p (d mean / dS) of a mean's pairs, in the direction of the rows (DIM 1) or of the columns.
+
+    p = 2^(z - shift) / total, whose total is in the factor. A mean of S under a teacher grows by p, one of a teacher
+    under S by p k (A - mean), and one of S under itself by both.
+    """
+    SLOT: tl.constexpr = FIELD[6 - DIM]
+    factor, shift = along(owners_factors[SLOT], tile, 1 - DIM), along(shifts[SLOT], tile, 1 - DIM)
+    p = tl.exp2(z - shift) * factor
+    if FIELD[8] < 0:
+        growth = (a - along(means[SLOT], tile, 1 - DIM)) * LN2
+        if FIELD[9] >= 0:
+            growth *= factors[FIELD[9]]
+        p *= growth if FIELD[7] >= 0 else 1.0 + growth
+    return p

@@ -98,7 +98,9 @@ class AlignmentUniformityLoss(ContrastiveLoss):
             terms.append(self.alignment_weight * self._finish(distances, batch))
         if self.uniformity_weight:
             for one, all_of_it in ((image_features, all_images), (text_features, all_texts)):
-                terms.append(self.uniformity_weight / 2 * self._uniformity(one, all_of_it, batch))
+                # The pairs (i, j) and (j, i) are the same: what the columns would add to the gradient is the rows' own.
+                doubled = 2 * one - one.detach()
+                terms.append(self.uniformity_weight / 2 * self._uniformity(doubled, all_of_it.detach(), batch))
         if self.cross_uniformity_weight:
             terms.append(self.cross_uniformity_weight * self._uniformity(image_features, all_texts, batch))
         if self.clip_loss_weight:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contrastive import LogSumExp, PairScore
+from ..contrastive import LogSumExp, PairScore, Reduction
 from ..distributed import gather
 from .base import check_matrix, check_pairs, check_scalar
-from .batch import PairBatch, Side
+from .batch import PairBatch, Side, View
 from .directions import TwoDirectionLoss
-from .log_domain import cross_entropy
+from .log_domain import cross_entropy, log_add_exp
 
 
 class CWCLLoss(TwoDirectionLoss):
@@ -76,17 +76,22 @@ class CWCLLoss(TwoDirectionLoss):
         weighted, one_hot = self.direction_weights
         of_images, of_texts = batch.reduce(
             scale=logit_scale,
-            rows=(lambda view: [LogSumExp()]) if weighted else None,
-            cols=(lambda view: [LogSumExp(exclude=view.own), PairScore(view.own)]) if one_hot else None,
+            rows=_ask if weighted else None,
+            cols=_ask if one_hot else None,
         )
         with torch.autocast(locked.device.type, enabled=False):
             mean_score = _weighted_mean(image_features, batch.whole[1].features, locked.detach(), all_locked)
         loss = self._combined(
-            of_images[0] - logit_scale * mean_score if weighted else None,
+            log_add_exp(*of_images) - logit_scale * mean_score if weighted else None,
             cross_entropy(*of_texts) if one_hot else None,
             batch,
         )
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _ask(view: View) -> list[Reduction]:
+    # One request for both directions shares its exponentials.
+    return [LogSumExp(exclude=view.own), PairScore(view.own)]
 
 
 def _weighted_mean(images: Tensor, texts: Tensor, locked: Tensor, all_locked: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from .autograd import Settings, Sweeps
 from .operands import Operands
 from .plan import Plan
 from .reductions import Teacher
-from .torch_gradients import Gradient, gradients_of
-from .torch_reductions import similarities, state_of
+from .torch_gradients import DenseGradient, Gradient, PairScoreGradient, gradients_of
+from .torch_reductions import DenseState, similarities, state_of
 from .torch_rules import Panel
 
 _TILE_COLUMNS = 8192
@@ -125,15 +125,12 @@ def _of_rows(scale: Tensor, rows: slice) -> Tensor:
 
 def forward_results(operands: Operands, plan: Plan, settings: Settings) -> tuple[list[Tensor], list[list[Tensor]]]:
     """The results of each (dimension, reduction) of the plan, and what its backward needs to know."""
-    states = [state_of(each, dim, operands) for dim, each in plan]
-    for state in states:
-        if not state.dense:
-            state.fill(settings.budget)
-    by_panel = [state for state in states if state.dense and not state.by_strip]
-    by_strip = [state for state in states if state.dense and state.by_strip]
+    states = [state_of(each, dim, operands, settings.budget) for dim, each in plan]
+    dense = [state for state in states if isinstance(state, DenseState)]
+    by_panel, by_strip = ([state for state in dense if state.by_strip == each] for each in (False, True))
     looks_at = set().union(*(similarities(each) for _, each in plan))
     sweep = _Sweep(operands, plan, looks_at, settings.budget)
-    for block in sweep.row_blocks() if by_panel or by_strip else ():
+    for block in sweep.row_blocks() if dense else ():
         for tile, _ in sweep.tiles(block, operands.x[block].to(sweep.dtype)):
             for panel, scratch in sweep.panels(tile):
                 for state in by_panel:
@@ -200,7 +197,7 @@ def _add_bias_gradients(panel: Panel, dbias: Tensor | None, drow_bias: Tensor | 
 
 def _to_weights(panel: Panel, scratch: Tensor, gradients: list[Gradient]) -> None:
     """Turn the scores of a panel into d(results . upstream gradients) / dS, in place."""
-    dense = [gradient for gradient in gradients if gradient.dense]
+    dense = [gradient for gradient in gradients if isinstance(gradient, DenseGradient)]
     collected = None
     for gradient in dense[:-1]:
         out = scratch if collected is None else torch.empty_like(scratch)
@@ -212,9 +209,9 @@ def _to_weights(panel: Panel, scratch: Tensor, gradients: list[Gradient]) -> Non
         panel.scores.zero_()
     if collected is not None:
         panel.scores.add_(collected)
-    for gradient in gradients:
-        if not gradient.dense:
-            gradient.add_(panel)
+    for each in gradients:
+        if isinstance(each, PairScoreGradient):
+            each.add_(panel)
 
 
 SWEEPS = Sweeps("torch", forward_results, backward_results)

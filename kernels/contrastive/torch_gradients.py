@@ -1,12 +1,9 @@
 """What the torch backend makes of one panel of scores, for each reduction, in the backward.
 
-A reduction is a *gradient* here: d(result . upstream gradient) / dS of each pair, written over a whole panel if it is
-`dense`, else added at the pairs that it looks at.
+A reduction is a *gradient* here: d(result . upstream gradient) / dS, of every pair of a panel or of the own pairs alone.
 """
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,33 +15,27 @@ from .torch_reductions import STATISTICS, Pairs, compared
 from .torch_rules import Panel
 
 
-class Gradient(Protocol):
-    """What every reduction is made from: `gradient(reduction, dim, upstream gradient, statistics)`."""
+class Gradient:
+    """What a reduction adds to the weights, G = d(results . upstream gradients) / dS."""
 
-    dense: bool
     #: The similarities that it looks at, None being S.
     looks_at: set[Teacher | None]
 
+
+class DenseGradient(Gradient):
+    """One of every pair."""
+
     def write(self, panel: Panel, out: Tensor) -> None:
-        """Of a dense one, to a tensor of the panel's shape, which may be that of S itself."""
-
-    def add_(self, panel: Panel) -> None:
-        """Of one that is not, to weights that are where the scores of S were."""
+        """To a tensor of the panel's shape, which may be that of S itself."""
+        raise NotImplementedError
 
 
-class _Dense:
-    dense = True
-
-    def add_(self, panel: Panel) -> None:
-        raise NotImplementedError("a dense gradient is written")
-
-
-class _LogSumExp(_Dense):
+class _LogSumExp(DenseGradient):
     """dLSE_i / dv_ij = w_j exp(v_ij - LSE_i), and 0 for an excluded pair, with v = S or a paced function of it."""
 
     def __init__(self, reduction: LogSumExp, dim: int, grad: Tensor, statistics: list[Tensor]) -> None:
         self.pairs, self.pace = Pairs(reduction, dim), reduction.of if isinstance(reduction.of, Paced) else None
-        self.looks_at: set[Teacher | None] = {None}
+        self.looks_at = {None}
         self.shift, total = statistics
         self.coefficient = (grad / total).masked_fill_(total == 0, 0)
 
@@ -60,12 +51,12 @@ class _LogSumExp(_Dense):
         self.pairs.weigh_(out, panel, self.coefficient)
 
 
-class _SoftmaxMean(_Dense):
+class _SoftmaxMean(DenseGradient):
     """p_ij for A, if that is S, and p_ij k (A_ij - mean_i) for B, if that is."""
 
     def __init__(self, reduction: SoftmaxMean, dim: int, grad: Tensor, statistics: list[Tensor]) -> None:
         self.pairs, self.reduction = Pairs(reduction, dim), reduction
-        self.looks_at: set[Teacher | None] = {*compared(reduction), reduction.under}
+        self.looks_at = {*compared(reduction), reduction.under}
         if reduction.under is None:
             self.looks_at.add(reduction.of)
         self.shift, total, self.mean = statistics
@@ -90,12 +81,12 @@ class _SoftmaxMean(_Dense):
         return factor.add_(1) if of is None else factor
 
 
-class _SoftplusSum(_Dense):
+class _SoftplusSum(DenseGradient):
     """d softplus(-z S) / dS = -z sigmoid(-z S)."""
 
     def __init__(self, reduction: SoftplusSum, dim: int, grad: Tensor, statistics: list[Tensor]) -> None:
         self.pairs, self.grad = Pairs(reduction, dim), grad
-        self.looks_at: set[Teacher | None] = {None}
+        self.looks_at = {None}
 
     def write(self, panel: Panel, out: Tensor) -> None:
         excluded, positive = self.pairs.excluded(panel), self.pairs.positive(panel)
@@ -111,12 +102,12 @@ class _SoftplusSum(_Dense):
         self.pairs.weigh_(out, panel, self.grad)
 
 
-class _Hinge(_Dense):
+class _Hinge(DenseGradient):
     """w_j where the score is above the threshold."""
 
     def __init__(self, reduction: Hinge, dim: int, grad: Tensor, statistics: list[Tensor]) -> None:
         self.pairs, self.thresholds, self.grad = Pairs(reduction, dim), reduction.thresholds, grad
-        self.looks_at: set[Teacher | None] = {None}
+        self.looks_at = {None}
 
     def write(self, panel: Panel, out: Tensor) -> None:
         excluded = self.pairs.excluded(panel)
@@ -126,17 +117,15 @@ class _Hinge(_Dense):
         self.pairs.weigh_(out, panel, self.grad)
 
 
-class _PairScore:
-    dense = False
+class PairScoreGradient(Gradient):
+    """1, at the own pairs."""
 
     def __init__(self, reduction: PairScore, dim: int, grad: Tensor, statistics: list[Tensor]) -> None:
         self.pair, self.dim, self.grad = reduction.pair, dim, grad
-        self.looks_at: set[Teacher | None] = set()
-
-    def write(self, panel: Panel, out: Tensor) -> None:
-        raise NotImplementedError("a pair's score has a gradient at one pair")
+        self.looks_at = set()
 
     def add_(self, panel: Panel) -> None:
+        """To weights that are where the scores of S were."""
         if isinstance(self.pair, Diagonal):
             offset = self.pair.offset
             start = max(panel.rows.start, panel.cols.start - offset)
@@ -148,10 +137,11 @@ class _PairScore:
             panel.scores.scatter_add_(1, columns, self.grad[panel.rows].unsqueeze(1).masked_fill(~inside, 0))
 
 
+#: Each made as `gradient(reduction, dim, upstream gradient, statistics)`.
 _GRADIENTS: dict[type, type] = {
     LogSumExp: _LogSumExp,
     SoftplusSum: _SoftplusSum,
-    PairScore: _PairScore,
+    PairScore: PairScoreGradient,
     SoftmaxMean: _SoftmaxMean,
     Hinge: _Hinge,
 }

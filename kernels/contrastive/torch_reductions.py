@@ -1,13 +1,10 @@
 """What the torch backend makes of one panel of scores, for each reduction, in the forward.
 
-A reduction is a *state* here, which takes in panels and gives the results and what the backward must know. It is `dense`
-if it looks at every pair, else it is filled without the tiles. Statistics of both directions are running sums and maxima,
-in float32 or wider. `torch_gradients` has the other half.
+A reduction is a *state* here, which takes in panels and gives the results and what the backward must know. Statistics of
+both directions are running sums and maxima, in float32 or wider. `torch_gradients` has the other half.
 """
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,10 +30,10 @@ from .torch_rules import Panel, Selection
 
 #: How many statistics, [owners] each, a reduction keeps for its backward, here and in the triton backend.
 STATISTICS: dict[type, int] = {
-    LogSumExp: 2,  # shift, and the sum of the exponentials of what is above it
+    LogSumExp: 2,  # a shift, and the sum of w exp(score - shift)
     SoftplusSum: 0,
     PairScore: 0,
-    SoftmaxMean: 3,  # the same of the softmax, and the mean
+    SoftmaxMean: 3,  # the same of its softmax, and the mean
     Hinge: 0,
     Count: 0,
     Chosen: 0,
@@ -100,35 +97,29 @@ class Pairs:
             gradient.mul_(panel.along(self.weights, self._dim).unsqueeze(1 - self._dim))
 
 
-class State(Protocol):
-    """What every reduction is made from: `state(reduction, dim, operands)`, dim 1 for rows, 0 for columns."""
+class State:
+    """What a reduction has come to so far."""
 
-    dense: bool
-    #: Whether its panels are to be some whole columns of a tile, and not some whole rows.
-    by_strip: bool
-
-    def fill(self, budget: int) -> None:
-        """Find the results without the tiles, if not dense."""
-
-    def update(self, panel: Panel, scratch: Tensor) -> None:
-        """Take in a panel, if dense. `scratch` has its shape and may be overwritten; the panel may not."""
-
-    def results(self) -> list[Tensor]: ...
-
-    def statistics(self) -> list[Tensor]: ...
-
-
-class _Dense:
-    dense, by_strip = True, False
-
-    def fill(self, budget: int) -> None:
-        raise NotImplementedError("a dense reduction is filled by its panels")
+    def results(self) -> list[Tensor]:
+        raise NotImplementedError
 
     def statistics(self) -> list[Tensor]:
+        """What the backward must know, as many vectors [owners] as `STATISTICS` says."""
         return []
 
 
-class _Softmax(_Dense):
+class DenseState(State):
+    """One that looks at every pair."""
+
+    #: Whether its panels are to be some whole columns of a tile, and not some whole rows.
+    by_strip = False
+
+    def update(self, panel: Panel, scratch: Tensor) -> None:
+        """Take in a panel. `scratch` has its shape and may be overwritten; the panel may not."""
+        raise NotImplementedError
+
+
+class _Softmax(DenseState):
     """Running maximum and sum of exp(score - maximum), as in the online softmax (arXiv:1805.02867)."""
 
     def __init__(self, reduction: LogSumExp | SoftmaxMean, dim: int, operands: Operands) -> None:
@@ -208,7 +199,7 @@ class _SoftmaxMean(_Softmax):
         return [*super().statistics(), self.mean()]
 
 
-class _Sum(_Dense):
+class _Sum(DenseState):
     """A sum of terms, each of one score."""
 
     def __init__(self, reduction: SoftplusSum | Hinge | Count, dim: int, operands: Operands) -> None:
@@ -252,7 +243,7 @@ class _Count(_Hinge):
         return torch.gt(panel.scores, self.pairs.of_owners(self.thresholds, panel), out=scratch)
 
 
-class _Chosen(_Dense):
+class _Chosen(DenseState):
     """The k largest so far. Panels come in ascending order of the pairs, which decides among equals."""
 
     def __init__(self, reduction: Chosen, dim: int, operands: Operands) -> None:
@@ -277,30 +268,17 @@ class _Chosen(_Dense):
         return [self.values, self.indices]
 
 
-class _PairScore:
-    dense, by_strip = False, False
-
-    def __init__(self, reduction: PairScore, dim: int, operands: Operands) -> None:
-        self.pair, self.dim, self.operands = reduction.pair, dim, operands
-
-    def fill(self, budget: int) -> None:
-        scores = pair_scores(self.operands, self.pair, self.dim, budget)
-        self.scores = scores.to(self.operands.scale.dtype)
-
-    def update(self, panel: Panel, scratch: Tensor) -> None:
-        raise NotImplementedError("a pair's score needs no panel")
+class _PairScore(State):
+    def __init__(self, reduction: PairScore, dim: int, operands: Operands, budget: int) -> None:
+        self.scores = pair_scores(operands, reduction.pair, dim, budget).to(operands.scale.dtype)
 
     def results(self) -> list[Tensor]:
         return [self.scores]
 
-    def statistics(self) -> list[Tensor]:
-        return []
 
-
-_STATES: dict[type, type] = {
+_DENSE: dict[type, type] = {
     LogSumExp: _LogSumExp,
     SoftplusSum: _SoftplusSum,
-    PairScore: _PairScore,
     SoftmaxMean: _SoftmaxMean,
     Hinge: _Hinge,
     Count: _Count,
@@ -308,7 +286,9 @@ _STATES: dict[type, type] = {
 }
 
 
-def state_of(reduction: Served, dim: int, operands: Operands) -> State:
-    """An empty state. dim: 1 for a reduction of rows, 0 for one of columns."""
-    state: State = _STATES[type(reduction)](reduction, dim, operands)
+def state_of(reduction: Served, dim: int, operands: Operands, budget: int) -> State:
+    """An empty state, or the full one of what needs no tile. dim: 1 for a reduction of rows, 0 for one of columns."""
+    if isinstance(reduction, PairScore):
+        return _PairScore(reduction, dim, operands, budget)
+    state: DenseState = _DENSE[type(reduction)](reduction, dim, operands)
     return state

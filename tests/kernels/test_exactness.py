@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
@@ -15,17 +15,28 @@ from torch import Tensor
 
 from pairtile.kernels import (
     Diagonal,
+    HingeSum,
     LogSumExp,
     Max,
     PairScore,
     SameId,
+    SoftmaxMean,
     SoftplusSum,
+    Teacher,
     TopK,
     similarity_reduce,
     use_backend,
 )
 from pairtile.kernels.build import operators_obstacle
-from similarity_cases import Case, cancelling_sizes, outcome, pair_gradients, random_case, random_features
+from similarity_cases import (
+    Case,
+    cancelling_sizes,
+    outcome,
+    pair_gradients,
+    random_case,
+    random_features,
+    random_upstream,
+)
 
 CASES = 320
 #: As many of them run in Triton's interpreter, which takes a tenth of a second for each.
@@ -165,32 +176,44 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("seed", range(1000, 1010))
 def test_two_runs_give_the_same_bits(backend, seed):
-    case = random_case(seed)
+    case = random_case(seed, richer=seed % 2 == 1)
     first = outcome(case, case.operands)
     assert all(same(first, outcome(case, case.operands)) for _ in range(2))
 
 
-def big_case(dtype: torch.dtype, budget: int | None) -> Case:
+def plain(n: int, m: int) -> tuple[list, list]:
+    ids = SameId(torch.randint(40, (n,)), torch.randint(40, (m,)))
+    rows = [LogSumExp(Diagonal()), SoftplusSum((Diagonal(), ids)), PairScore()]
+    return rows, [LogSumExp(ids, torch.rand(n)), LogSumExp(Diagonal())]
+
+
+def losses_only(n: int, m: int) -> tuple[list, list]:
+    """The request of CLIP, which takes shorter paths."""
+    return [LogSumExp(Diagonal()), PairScore()], [LogSumExp(Diagonal()), PairScore()]
+
+
+def distilled(n: int, m: int) -> tuple[list, list]:
+    teacher = Teacher(torch.randn(n, 20), torch.randn(m, 20), 3.0)
+    rows = [LogSumExp(), SoftmaxMean(under=teacher), HingeSum(), TopK(5)]
+    return rows, [SoftmaxMean(under=teacher), SoftmaxMean(), Max(), LogSumExp(of=teacher)]
+
+
+def big_case(dtype: torch.dtype, request: Callable[[int, int], tuple[list, list]]) -> Case:
     """Several tiles in both directions, so that threads have something to share."""
     choose, n, m, d = random.Random(0), 531, 777, 65
     torch.manual_seed(0)
     x, y = (each.to(dtype) for each in random_features(choose, n, m, d))
-    case = Case([x, y, torch.tensor(20.0), torch.tensor(-1.0), torch.randn(n), torch.randn(m)], budget=budget)
-    ids = SameId(torch.randint(40, (n,)), torch.randint(40, (m,)))
-    case.rows = [LogSumExp(Diagonal()), SoftplusSum((Diagonal(), ids)), PairScore()]
-    case.cols = [LogSumExp(ids, torch.rand(n)), LogSumExp(Diagonal())]
-    case.upstream = [torch.randn(n)] * 3 + [torch.randn(m)] * 2
+    biases = [torch.tensor(-1.0), torch.randn(n), torch.randn(m)] if request is not losses_only else [None] * 3
+    case = Case([x, y, torch.tensor(20.0), *biases])
+    case.rows, case.cols = request(n, m)
+    case.upstream = random_upstream(case)
     return case
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("losses_only", [False, True])
-def test_any_number_of_threads_gives_the_same_bits(cpp, dtype, losses_only):
-    case = big_case(dtype, None)
-    if losses_only:  # the request of CLIP, which takes shorter paths
-        case.operands[3:] = [None] * 3
-        case.rows, case.cols = case.rows[::2], [case.cols[1], PairScore()]
-        case.upstream = case.upstream[:2] + case.upstream[3:]
+@pytest.mark.parametrize("request_of", [plain, losses_only, distilled])
+def test_any_number_of_threads_gives_the_same_bits(cpp, dtype, request_of):
+    case = big_case(dtype, request_of)
     before = torch.get_num_threads()
     outcomes = []
     try:

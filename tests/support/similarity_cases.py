@@ -74,12 +74,16 @@ def random_case(seed: int, richer: bool = False) -> Case:
     case.cols = [makers.reduction(0) for _ in range(choose.choice([0, 1, 1, 2]))]
     # So that no gradient leaves the range of float16.
     amplitude = min(1.0, 100 / abs(size))
-    case.upstream = [
-        amplitude * torch.randn(owners, *([each.k] if isinstance(each, TopK) else []))
-        for owners, reductions in ((n, case.rows), (m, case.cols))
-        for each in reductions
-    ]
+    case.upstream = [amplitude * each for each in random_upstream(case)]
     return case
+
+
+def random_upstream(case: Case) -> list[Tensor]:
+    lengths = ((case.operands[0].shape[0], case.rows), (case.operands[1].shape[0], case.cols))
+    shapes = [
+        (owners, *([each.k] if isinstance(each, TopK) else [])) for owners, reductions in lengths for each in reductions
+    ]
+    return [torch.randn(shape) for shape in shapes]
 
 
 def random_features(choose: random.Random, n: int, m: int, d: int) -> tuple[Tensor, Tensor]:

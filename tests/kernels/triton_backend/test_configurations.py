@@ -170,3 +170,13 @@ def test_several_panels_in_both_directions(gpu_safety, budget, dtype):
     found = gpu_safety(lambda: run_request(case))
     assert [name for name, _ in gpu_safety.launches].count("add_product") > 2
     assert_like_float64(found, case)
+
+
+@pytest.mark.parametrize("name", ["distillation", "above and largest"])
+def test_several_panels_of_every_kind_of_partial_result(gpu_safety, name):
+    """The columns' sums, means and largest scores are continued from panel to panel."""
+    case = request_case(name, 130, 70, 8, torch.float32, aligned=False)
+    case.budget = 1
+    found = gpu_safety(lambda: run_request(case))
+    assert [name for name, _ in gpu_safety.launches].count("reduce_tiles") > 2
+    assert_like_float64(found, case)

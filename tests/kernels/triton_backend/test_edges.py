@@ -10,12 +10,19 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from pairtile.kernels import (
+    ArgTopK,
     ColumnRange,
+    CountAbove,
     Diagonal,
+    HingeSum,
     LogSumExp,
+    Paced,
     PairScore,
     SigLipLoss,
+    SoftmaxMean,
     SoftplusSum,
+    Teacher,
+    TopK,
     similarity_reduce,
     use_backend,
 )
@@ -166,3 +173,66 @@ def test_an_upstream_gradient_of_one_result_alone(asked):
 def test_temperatures_of_both_signs_and_many_sizes():
     scale = torch.cat([torch.logspace(-6, 2, 35), -torch.logspace(-6, 2, 35)])
     assert_like_float64(unit(70, 16), unit(90, 16, 1), EVERY, EVERY, scale=scale)
+
+
+def reduced(backend, x, y, rows, cols, **more) -> list[Tensor]:
+    with use_backend(backend):
+        results = similarity_reduce(x, y, rows=rows, cols=cols, **more)
+    return [*results[0], *results[1]]
+
+
+@pytest.mark.parametrize("k", [1, 7, 20, 250])  # picked in the tile, left to the host, more than there are
+def test_among_equal_scores_the_lowest_index_comes_first(k):
+    """Whole numbers of few values, in several tiles and panels; the last columns are duplicates of the first."""
+    generator = torch.Generator().manual_seed(k)
+    x, y = (torch.randint(-2, 3, (length, 3), generator=generator).float() for length in (150, 200))
+    y[180:] = y[:20]
+    bias = torch.randint(-1, 2, (200,), generator=generator).float()
+    teacher = Teacher(-x, y, 2.0)
+    asked = [each(k, exclude, of) for each in (TopK, ArgTopK) for exclude, of in ((Diagonal(), None), (None, teacher))]
+    more = {"scale": 3.0, "col_bias": bias, "memory_budget": 1}
+    found, expected = (reduced(backend, x, y, asked, asked, **more) for backend in ("triton", "reference"))
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_nan_and_infinities_in_hinges_means_and_the_largest(value):
+    x, y = unit(70, 8), unit(90, 8, 1)
+    x[3, 2] = value
+    teacher = Teacher(unit(70, 8, 2), unit(90, 8, 3), 3.0)
+    asked = [
+        SoftmaxMean(),
+        SoftmaxMean(under=teacher),
+        SoftmaxMean(teacher),
+        LogSumExp(of=Paced(1.0, 1.0, 0.5, 0.5)),
+        CountAbove(0.1, Diagonal(1)),
+        TopK(3),
+        TopK(20),
+    ]
+    found, expected = (reduced(backend, x, y, asked, asked, scale=3.0) for backend in ("triton", "reference"))
+    for k, (given, truth) in enumerate(zip(found, expected, strict=True)):
+        assert all(map(torch.equal, kinds(given), kinds(truth))), f"result {k}"
+
+
+@pytest.mark.parametrize("size", [0.0, 65_536.0])
+def test_weights_larger_than_their_upstream_gradient(size):
+    """A mean and a paced score multiply it by what scores differ; in float16 the products have no room for more."""
+    x, y = unit(70, 16).half(), unit(70, 16, 1).half()
+    taught = unit(70, 8, 2), unit(70, 8, 3)
+    teacher = Teacher(*(each.half() for each in taught), 100.0)
+    asked = [SoftmaxMean(sharpness=20.0), SoftmaxMean(teacher), LogSumExp(of=Paced(64.0, 1.0, 0.25, 0.25))]
+    upstream = [size * each for each in torch.randn(3, 70, generator=torch.Generator().manual_seed(2))]
+    given, truth = (
+        outcome(backend, x, y, asked, (), upstream, dtype=dtype, scale=0.01)[3:5]
+        for backend, dtype in (("triton", None), ("reference", torch.float64))
+    )
+    for one, other in zip(given, truth, strict=True):
+        bound = torch.finfo(torch.float16).eps * other.norm() + 6e-8 * other.numel() ** 0.5
+        assert (one.double() - other).norm() <= bound
+
+
+def test_empty_matrices_have_no_largest_and_no_mean():
+    asked = [SoftmaxMean(), HingeSum(), TopK(2), ArgTopK(2)]
+    rows, cols = torch.zeros(3, 4), torch.zeros(0, 4)
+    found, expected = (reduced(backend, rows, cols, asked, asked, scale=1.0) for backend in ("triton", "reference"))
+    assert all(map(torch.equal, found, expected))

@@ -39,7 +39,7 @@ def shipped(target: Target) -> Iterator[Request]:
     for dtype, precision in KINDS:
         if precision not in offered(target.arch):
             continue
-        names = tuple(REQUESTS) if dtype == torch.bfloat16 else ("CLIP", "rich")
+        names = tuple(REQUESTS) if dtype == torch.bfloat16 else ("CLIP", "rich", "distillation")
         for name in names:
             yield request(name, dtype, 512, precision)
             yield request(name, dtype, _ODD_WIDTH, precision, aligned=False, batch=_ODD_PANEL)
@@ -56,10 +56,10 @@ def spanning(target: Target) -> Iterator[Request]:
     """A few of them that touch every kernel and every line of the check, within seconds: a batch of one panel."""
     batch = BATCH // 8
     asked = {
-        "sm90": ("CLIP", torch.bfloat16, "ieee"),
-        "sm100": ("SigLIP", torch.float16, "ieee"),
-        "sm80": ("cross-entropy", torch.float32, "tf32"),
-        "gfx942": ("cross-entropy", torch.bfloat16, "ieee"),
+        "sm90": [("CLIP", torch.bfloat16, "ieee"), ("distillation", torch.bfloat16, "ieee")],
+        "sm100": [("SigLIP", torch.float16, "ieee")],
+        "sm80": [("cross-entropy", torch.float32, "tf32"), ("hinge", torch.float16, "ieee")],
+        "gfx942": [("cross-entropy", torch.bfloat16, "ieee"), ("retrieval", torch.bfloat16, "ieee")],
     }
-    name, dtype, precision = asked[target.arch]
-    yield request(name, dtype, 512, precision, batch=batch)
+    for name, dtype, precision in asked[target.arch]:
+        yield request(name, dtype, 512, precision, batch=batch)

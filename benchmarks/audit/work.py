@@ -33,7 +33,8 @@ def work_of(launch: Launch) -> Work:
 
 
 def _tile_of_scores(launch: Launch) -> Work:
-    """`reduce_tiles`, `weigh_tiles`: a tile of S, D streamed."""
+    """`reduce_tiles`, `weigh_tiles`: a tile of S, D streamed. What teachers add is not counted: they have loops of their own,
+    and a kernel is taken to have one."""
     config, given = launch.config, launch.arguments
     assert config is not None
     trips = cdiv(given["d"], config.block_k)

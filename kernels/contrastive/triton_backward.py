@@ -111,8 +111,11 @@ class Upstream:
 
 
 def _upstream(wanted: list[Wanted], operands: Operands) -> Upstream:
-    shifts, means, factors = ({1: [], 0: []} for _ in range(3))
-    sizes, near = [], []
+    shifts: dict[int, list[Tensor]] = {1: [], 0: []}
+    means: dict[int, list[Tensor]] = {1: [], 0: []}
+    factors: dict[int, list[Tensor]] = {1: [], 0: []}
+    sizes: list[Tensor] = []
+    near: list[Tensor] = []
     none = operands.scale.new_zeros(0)
     # In the order of the slots: those that look at every pair come first.
     for dim, reduction, grad, statistics in sorted(wanted, key=lambda each: isinstance(each.reduction, PairScore)):

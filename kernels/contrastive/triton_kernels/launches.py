@@ -106,7 +106,7 @@ def _plain_teacher(teacher: Teacher) -> PlainTeacher:
 def reach(x: Tensor, y: Tensor, scale: Tensor, biases: Iterable[Tensor | None] = ()) -> Tensor:
     """[]: a bound of |scale <x_i, y_j> + biases|, by the norms of the features."""
     norms = [torch.linalg.vector_norm(each, dim=1, dtype=torch.float32).amax() for each in (x, y)]
-    found = scale.abs().amax() * norms[0] * norms[1]
+    found: Tensor = scale.abs().amax() * norms[0] * norms[1]
     for bias in biases:
         if bias is not None:
             found = found + bias.abs().amax()

@@ -14,7 +14,7 @@ from .chosen import sortable, store_cols, store_rows
 from .elementwise import LN2, LOG2E, finite, softplus2, wide
 from .rules import excluding, negating
 from .sources import above, exponents, source, summed
-from .tiles import cosines, scores_of, taught_cosines, tile_of
+from .tiles import cosines, scores_of, tile_of, with_teacher
 
 #: How far, in base 2, a row's maximum may lie below its tile's before the row gets exponentials of its own. A term
 #: that underflows beside the tile's maximum is then below 2^-46 of the row's largest one.
@@ -87,9 +87,7 @@ def reduce_tiles(
             cos = cosines(x, y, x_strides, y_strides, row, col, n, m, d, BM, BN, BK, TMA, PRECISION, INTERPRETED)
             scores = scores_of(cos, scale, bias, row_bias, col_bias, rows, cols, n, m, PER_ROW, LOG2E)
         else:
-            taught += (
-                taught_cosines(teachers[STEPS[s][0]], tile, TEACHERS[STEPS[s][0]], BM, BN, PRECISION, INTERPRETED),
-            )
+            taught = with_teacher(taught, teachers, tile, TEACHERS, STEPS[s][0], BM, BN, PRECISION, INTERPRETED)
         for f in tl.static_range(len(STEPS[s][1])):
             value = None
             if STEPS[s][1][f][0] >= 4:

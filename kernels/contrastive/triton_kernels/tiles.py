@@ -83,21 +83,27 @@ def scores_of(cos, scale, bias, row_bias, col_bias, rows, cols, n, m, PER_ROW: t
 
 
 @triton.jit
-def taught_cosines(
-    teacher,
+def with_teacher(
+    taught,
+    teachers,
     tile,
-    TEACHER: tl.constexpr,
+    TEACHERS: tl.constexpr,
+    AT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """As `cosines`, of a teacher (x, y, strides of x, of y, scale, width), whose constants are (PER_ROW, TMA, BK)."""
+    """The tuple `taught` of the teachers' cosines with those of teacher AT behind it.
+
+    A teacher is (x, y, strides of x, of y, scale, width), its constants (PER_ROW, TMA, BK).
+    """
     row, col, rows, cols, n, m = tile
-    x, y, x_strides, y_strides, scale, d = teacher
-    TMA: tl.constexpr = TEACHER[1]
-    BK: tl.constexpr = TEACHER[2]
-    return cosines(x, y, x_strides, y_strides, row, col, n, m, d, BM, BN, BK, TMA, PRECISION, INTERPRETED)
+    x, y, x_strides, y_strides, scale, d = teachers[AT]
+    TMA: tl.constexpr = TEACHERS[AT][1]
+    BK: tl.constexpr = TEACHERS[AT][2]
+    cos = cosines(x, y, x_strides, y_strides, row, col, n, m, d, BM, BN, BK, TMA, PRECISION, INTERPRETED)
+    return taught + (cos,)  # noqa: RUF005 (Triton does not unpack)
 
 
 @triton.jit

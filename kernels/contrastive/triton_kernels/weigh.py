@@ -13,7 +13,7 @@ import triton.language as tl
 from .elementwise import LN2, LOG2E, rounded, sigmoid2, softplus2, wide
 from .rules import along, named, negating, touched
 from .sources import above, exponents, pace, source, summed
-from .tiles import cosines, scores_of, taught_cosines, tile_of
+from .tiles import cosines, scores_of, tile_of, with_teacher
 
 
 @triton.jit
@@ -93,9 +93,7 @@ def weigh_tiles(
             cos = cosines(x, y, x_strides, y_strides, row, col, n, m, d, BM, BN, BK, TMA, PRECISION, INTERPRETED)
             scores = scores_of(cos, scale, bias, row_bias, col_bias, rows, cols, n, m, PER_ROW, LOG2E)
         else:
-            taught += (
-                taught_cosines(teachers[STEPS[s][0]], tile, TEACHERS[STEPS[s][0]], BM, BN, PRECISION, INTERPRETED),
-            )
+            taught = with_teacher(taught, teachers, tile, TEACHERS, STEPS[s][0], BM, BN, PRECISION, INTERPRETED)
         for f in tl.static_range(len(STEPS[s][1])):
             sources = (scores, taught, teachers, factors)
             owned = (row_shifts, col_shifts, row_means, col_means, row_factors, col_factors)

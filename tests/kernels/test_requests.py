@@ -91,7 +91,11 @@ BAD = [
     ({"cols": [LogSumExp(AbovePositive(0.0, Target(ID)))]}, ValueError, r"AbovePositive\(Target\(...\)\) in a red"),
     ({"rows": [TopK(0)]}, ValueError, r"TopK.k=0: expected a whole number from 1 to 1024"),
     ({"rows": [SoftmaxMean(sharpness=float("nan"))]}, ValueError, r"SoftmaxMean.sharpness=nan"),
-    ({"rows": [SoftmaxMean(under=torch.eye(3))]}, TypeError, r"(?s)SoftmaxMean is of tensor.*expected None for S, or a T"),
+    (
+        {"rows": [SoftmaxMean(under=torch.eye(3))]},
+        TypeError,
+        r"(?s)SoftmaxMean is of tensor.*expected None for S, or a T",
+    ),
     ({"rows": [LogSumExp(of=Teacher(torch.rand(2, 4), torch.rand(3, 4)))]}, ValueError, r"Teacher.x .*\[2, 4\]"),
     ({"rows": [LogSumExp(of=Teacher(torch.rand(3, 4), torch.rand(3, 5)))]}, ValueError, r"Teacher.x .* Teacher.y"),
     ({"cols": [HingeSum(0.2, Target(ID))]}, ValueError, r"HingeSum\(Target\(...\)\) in a reduction of cols"),

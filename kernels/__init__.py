@@ -32,6 +32,7 @@ if "." in __name__:
         Teacher,
         TopK,
         similarity_reduce,
+        use_memory_budget,
     )
     from .info import info
     from .losses import (
@@ -105,6 +106,7 @@ if "." in __name__:
         "linear_cross_entropy",
         "similarity_reduce",
         "use_backend",
+        "use_memory_budget",
         "vicinity_mix",
     ]
 

@@ -14,6 +14,7 @@ namespace pairtile {
 namespace {
 
 constexpr size_t kHeader = 8, kPerRule = 3;
+constexpr int64_t kTaught = 1;  // some teacher's matrix
 
 bool fits_int32(const int64_t* ids, int64_t count) {
   return std::all_of(ids, ids + count, [](int64_t id) {
@@ -182,11 +183,11 @@ Plan decode_plan(at::IntArrayRef numbers, at::ArrayRef<double> factors, at::Tens
 std::vector<bool> differentiable_results(at::IntArrayRef numbers) {
   std::vector<bool> found;
   for (size_t at = 0; at + kHeader <= numbers.size();) {
-    const Kind kind = static_cast<Kind>(numbers[at + 1]);
-    found.push_back(kind != Kind::kCount && kind != Kind::kChosen);
-    if (kind == Kind::kChosen) {
-      found.push_back(false);
-    }
+    Reduction read;
+    read.kind = static_cast<Kind>(numbers[at + 1]);
+    read.of = numbers[at + 5] < 0 ? kScores : kTaught;
+    read.under = numbers[at + 6] < 0 ? kScores : kTaught;
+    found.resize(found.size() + (read.kind == Kind::kChosen ? 2 : 1), read.weighs() || !read.dense());
     at += kHeader + kPerRule * (numbers[at + 3] + numbers[at + 4]);
   }
   return found;

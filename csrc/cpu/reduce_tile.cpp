@@ -59,6 +59,9 @@ Reducer::Reducer(const Problem& problem, const Plan& plan, const Tiles& tiles, c
       each.weighted.assign(reduction.kind == Kind::kSoftmaxMean ? owners : 0, 0.0);
       each.slot = reduction.by_row ? -1 : slots_++;
     }
+    if (reduction.kind == Kind::kSoftmaxMean) {
+      partials_ = 5;
+    }
     if (reduction.has_exponent()) {
       each.maximum.assign(owners, each.safe(mode) ? 0.0f : -kInfinity);
     }

@@ -121,7 +121,8 @@ std::vector<Tensor> reduce_backward(const Tensor& x, const Tensor& y, const Tens
   const int64_t matrices = plan.matrices(problem, /*backward=*/true).size();
   const int64_t chunks = kept.numel() / std::max<int64_t>(stored_floats(Tiles(problem), matrices), 1);
   const Gradients gradients =
-      make_sweep(problem, plan)->backward(upstream, needed, kept.const_data_ptr<float>(), chunks);
+      plan.weighs() ? make_sweep(problem, plan)->backward(upstream, needed, kept.const_data_ptr<float>(), chunks)
+                    : pair_gradients(problem, plan, upstream, needed);
   auto sums = [](const std::vector<double>& values, const OptionalTensor& like) {
     const Tensor all = to_tensor(values, at::kDouble);
     return (like->numel() == all.numel() && like->dim() > 0 ? all : all.sum()).reshape(like->sizes()).to(like->scalar_type());

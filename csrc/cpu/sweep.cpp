@@ -7,26 +7,6 @@ namespace pairtile {
 namespace {
 
 template <typename T>
-std::vector<double> typed_pair_scores(const Problem& problem, const Partner& partner) {
-  const T* x = problem.x.const_data_ptr<T>();
-  const T* y = problem.y.const_data_ptr<T>();
-  const int64_t d = problem.d;
-  std::vector<double> scores(problem.n, -std::numeric_limits<double>::infinity());
-  at::parallel_for(0, problem.n, 32768 / (d + 1) + 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> own(d);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t j = partner.column_of(i);
-      if (j >= 0 && j < problem.m) {
-        convert_row(y + j * d, own.data(), d);
-        const double bias = problem.col_bias ? problem.col_biases()[j] : 0.0f;
-        scores[i] = problem.scales()[i] * dot(x + i * d, own.data(), d) + problem.offsets()[i] + bias;
-      }
-    }
-  });
-  return scores;
-}
-
-template <typename T>
 struct Type {
   using type = T;
 };
@@ -67,17 +47,6 @@ Gradients forward_backward(const Problem& problem, const Plan& plan, Needed need
     }
     return make_sweep(problem, plan, /*in_one_go=*/true)->forward_backward(needed, upstream_of);
   });
-}
-
-std::vector<double> pair_scores(const Problem& problem, const Partner& partner) {
-  switch (problem.x.scalar_type()) {
-    case at::kFloat:
-      return typed_pair_scores<float>(problem, partner);
-    case at::kHalf:
-      return typed_pair_scores<at::Half>(problem, partner);
-    default:
-      return typed_pair_scores<at::BFloat16>(problem, partner);
-  }
 }
 
 }  // namespace pairtile

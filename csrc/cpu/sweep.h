@@ -69,4 +69,8 @@ Gradients forward_backward(const Problem& problem, const Plan& plan, Needed need
 // S at each row's partner in float64, -inf where there is none; the gradient of a well aligned batch hangs on it.
 std::vector<double> pair_scores(const Problem& problem, const Partner& partner);
 
+// The gradients of a plan in which nothing but the pairs' own scores has one.
+Gradients pair_gradients(const Problem& problem, const Plan& plan, const std::vector<Upstream>& upstream,
+                         Needed needed);
+
 }  // namespace pairtile

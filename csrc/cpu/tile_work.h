@@ -49,8 +49,7 @@ struct Running {
   bool safe(const Mode& mode) const { return mode.uniform || mode.shared.exponents[use.exponent].safe; }
 };
 
-// Partial results of a tile's columns. An expectation has its sums in float64.
-constexpr int64_t kPartials = 5;  // floats for each column
+// Partial results of a tile's columns: maxima and sums, or, of an expectation, its two sums in float64.
 struct Partial {
   Partial(float* data, int64_t cols)
       : maxima(data),
@@ -69,6 +68,7 @@ class Reducer {
 
   std::vector<Running>& running() { return running_; }
   int64_t slots() const { return slots_; }
+  int64_t partials() const { return partials_; }  // floats that a slot takes for each column
   void reduce(Tile& tile, float* partial, int64_t stride, TileScratch& scratch);
   void merge(Running& running, float* partial, int64_t column, int64_t count) const;
   // Statistics of rows begin : end and of all columns.
@@ -83,7 +83,7 @@ class Reducer {
   const Tiles& tiles_;
   const Mode& mode_;
   std::vector<Running> running_;
-  int64_t slots_ = 0;
+  int64_t slots_ = 0, partials_ = 2;
 };
 
 // Backward: G = d(results . upstream gradients) / dS.

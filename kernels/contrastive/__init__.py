@@ -1,5 +1,6 @@
 """Reductions of S = scale * x y^T + bias along rows and columns, without storing S."""
 
+from .arguments import use_memory_budget
 from .operator import similarity_reduce
 from .reductions import (
     AbovePositive,
@@ -46,4 +47,5 @@ __all__ = [
     "Teacher",
     "TopK",
     "similarity_reduce",
+    "use_memory_budget",
 ]

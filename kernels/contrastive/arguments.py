@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
@@ -9,6 +13,8 @@ from torch import Tensor
 DEFAULT_MEMORY_BUDGET = 64 * 2**20
 #: The same on the triton backend: a hundredth of a GPU's memory, and the panels of a batch of 65,536 are few.
 GPU_MEMORY_BUDGET = 512 * 2**20
+
+_allowed: ContextVar[int | None] = ContextVar("pairtile_memory_budget", default=None)
 
 #: The dtypes that features may have.
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -82,13 +88,44 @@ def check_targets(columns: Tensor, n: int, m: int, device: torch.device) -> None
         )
 
 
-def checked_budget(memory_budget: int | None, backend: str = "cpp") -> int:
-    """The bytes of working memory that the caller allows, or the backend's default."""
+def checked_budget(memory_budget: int | None, backend: str = "cpp", similarities: int = 1) -> int:
+    """The bytes of working memory that the caller allows, here or by `use_memory_budget`; or the backend's default.
+
+    That of `cpp`, which keeps scores for the backward in it, is for each similarity that is swept.
+    """
     if memory_budget is None:
-        return GPU_MEMORY_BUDGET if backend == "triton" else DEFAULT_MEMORY_BUDGET
+        memory_budget = _allowed.get()
+    if memory_budget is None:
+        if backend == "triton":
+            return GPU_MEMORY_BUDGET
+        return DEFAULT_MEMORY_BUDGET * (similarities if backend == "cpp" else 1)
+    return _positive(memory_budget)
+
+
+def _positive(memory_budget: int) -> int:
     if memory_budget <= 0:
         raise ValueError(f"memory_budget={memory_budget}: expected a positive number of bytes")
     return memory_budget
+
+
+@contextmanager
+def use_memory_budget(memory_budget: int) -> Iterator[None]:
+    """Let every operator and loss called inside the block work in so many bytes, unless the call names its own.
+
+    Less memory is slower: on the CPU fewer scores are kept from the forward to the backward. Blocks nest, the innermost
+    wins, and each thread or asyncio task has its own choice.
+
+    Args:
+        memory_budget: bytes beside the inputs, the results and their gradients, as in `similarity_reduce`.
+
+    Raises:
+        ValueError: a budget that is not positive.
+    """
+    token = _allowed.set(_positive(memory_budget))
+    try:
+        yield
+    finally:
+        _allowed.reset(token)
 
 
 def described(value: object) -> str:

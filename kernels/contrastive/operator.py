@@ -54,8 +54,8 @@ def similarity_reduce(
         precision: how float32 features are multiplied. "ieee": in float32, and an error where that cannot be had; on
             the `triton` backend also "tf32" and "tf32x3" (three products of rounded halves, about as exact as
             float32). None: "ieee", unless `torch.set_float32_matmul_precision` allows the backend's products more.
-        memory_budget: bytes of working memory beside the inputs, the results and their gradients; when None 64 MiB,
-            or 512 MiB on the `triton` backend. On the `torch` backend a budget below what the smallest tile needs (16 rows by up to 8192
+        memory_budget: bytes of working memory beside the inputs, the results and their gradients; when None that of
+            `use_memory_budget`, else 64 MiB, on `cpp` for S and for each teacher, or 512 MiB on the `triton` backend. On the `torch` backend a budget below what the smallest tile needs (16 rows by up to 8192
             columns) gives that tile, and 16-bit inputs need a float32 accumulator for the gradient of y on top; on
             `triton` both gradients need one where neither side of S fits into a panel.
 
@@ -84,8 +84,8 @@ def similarity_reduce(
     # The operator states its own precision: autocast would run the product in 16 bits and round its result.
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return _serve(backend, operands, rows, cols, settings)
-    return _serve(backend, operands, rows, cols, settings)
+            return _serve(backend, operands, rows, cols, settings, memory_budget)
+    return _serve(backend, operands, rows, cols, settings, memory_budget)
 
 
 def resolved_operands(
@@ -113,10 +113,17 @@ def resolved_operands(
 
 
 def _serve(
-    backend: str, operands: Operands, rows: Iterable[Reduction], cols: Iterable[Reduction], settings: Settings
+    backend: str,
+    operands: Operands,
+    rows: Iterable[Reduction],
+    cols: Iterable[Reduction],
+    settings: Settings,
+    memory_budget: int | None,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     request = Request(operands, settings.budget)
     of_rows, of_cols = request.reductions(rows, "rows", 1), request.reductions(cols, "cols", 0)
+    if request.teachers:
+        settings = settings._replace(budget=checked_budget(memory_budget, backend, 1 + request.teachers))
     if operands.x.dtype == torch.float64 and backend in ("cpp", "triton"):
         backend = "torch"
     if backend == "reference":

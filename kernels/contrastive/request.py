@@ -83,6 +83,11 @@ class Request:
         self._dtype, self._device = operands.scale.dtype, operands.x.device
         self._teachers: dict[Teacher, Teacher] = {}  # by identity: one for all reductions that name it
 
+    @property
+    def teachers(self) -> int:
+        """How many the reductions resolved so far name."""
+        return len(self._teachers)
+
     def reductions(self, given: Iterable[Reduction], name: str, dim: int) -> Resolved:
         """Those of one direction, dim 1 for `rows`, 0 for `cols`.
 

@@ -14,6 +14,7 @@ from pairtile.kernels import (
     PairScore,
     SoftplusSum,
     similarity_reduce,
+    use_memory_budget,
     use_backend,
 )
 from pairtile.kernels.contrastive.torch_elementwise import exp_
@@ -327,3 +328,18 @@ def test_very_wide_embeddings(backend, embeddings, relative_error):
         # float32 accumulation; a sum that passes through zero is measured against the size of its terms, about 1.
         finite = truth.isfinite()
         assert relative_error(given[finite], truth[finite], size=1.0) < 2e-6
+
+
+def test_the_budget_of_a_block(backend, embeddings, dtype):
+    """`use_memory_budget` is what memory_budget is; blocks nest, and the call's own wins."""
+    x, y = (each.to(dtype) for each in embeddings(70, 90, 8))
+    asked = {"scale": 5.0, "rows": [LogSumExp()], "cols": [LogSumExp()]}
+    by_argument = similarity_reduce(x, y, memory_budget=20_000, **asked)
+    with use_memory_budget(1), use_memory_budget(20_000):
+        by_block = similarity_reduce(x, y, **asked)
+    with use_memory_budget(1):
+        by_call = similarity_reduce(x, y, memory_budget=20_000, **asked)
+    for found in (by_block, by_call):
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(by_argument, found, strict=True))
+    with pytest.raises(ValueError, match="memory_budget=0: expected a positive number"), use_memory_budget(0):
+        pass

@@ -14,8 +14,8 @@ from pairtile.kernels import (
     PairScore,
     SoftplusSum,
     similarity_reduce,
-    use_memory_budget,
     use_backend,
+    use_memory_budget,
 )
 from pairtile.kernels.contrastive.torch_elementwise import exp_
 

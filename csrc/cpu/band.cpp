@@ -108,8 +108,9 @@ const float* Band::mask(int64_t index) {
   float* to = part(place);
   Made& made = made_[place];
   if (made == Made::kNot) {
+    const std::vector<Rule>& rules = set.rules;
     const bool any = cols() < ld() || set.weights != nullptr ||
-                     std::any_of(set.rules.begin(), set.rules.end(), [this](const Rule& rule) { return touches(rule); });
+                     std::any_of(rules.begin(), rules.end(), [this](const Rule& rule) { return touches(rule); });
     made = any ? Made::kFull : Made::kEmpty;
     if (any) {
       int32_t* lanes = reinterpret_cast<int32_t*>(to);

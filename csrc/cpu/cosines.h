@@ -1,6 +1,7 @@
 // Tiles of <x_i, y_j>, for features of one type multiplied as operands of another.
 #pragma once
 
+#include "layout.h"
 #include "memory.h"
 #include "operands.h"
 #include "problem.h"
@@ -29,13 +30,11 @@ class Cosines {
   int64_t row_room() const { return rows_are_operands() ? 0 : tiles_.rows * std::min(depth_, kWholeRows); }
 
   // y^T of the blocks first : last, each [depth][width], for the tiles to come; `most` such blocks are held at a time.
-  // run(tasks, body) shares tasks out to threads.
-  template <typename Run>
-  void pack_columns(int64_t first, int64_t last, int64_t most, const Run& run) {
+  void pack_columns(int64_t first, int64_t last, int64_t most, const Layout& layout) {
     const int64_t strips = ceil_div(tiles_.cols, kStrip);
     columns_.reserve(most * tiles_.cols * depth_);
     Operand* to = columns_.data();
-    run((last - first) * strips, [&](int64_t task, int64_t) {
+    layout.run((last - first) * strips, [&](int64_t task, int64_t) {
       const int64_t block = first + task / strips, start = task % strips * kStrip;
       const int64_t cols = tiles_.cols_of(block, m_), width = round_up(cols, 16) - start;
       if (width > 0) {

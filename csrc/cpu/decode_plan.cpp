@@ -25,7 +25,13 @@ bool fits_int32(const int64_t* ids, int64_t count) {
 class Reader {
  public:
   Reader(at::IntArrayRef numbers, at::ArrayRef<double> factors, at::TensorList tensors, Problem& problem, Plan& plan)
-      : numbers_(numbers), factors_(factors), tensors_(tensors), n_(problem.n), m_(problem.m), problem_(problem), plan_(plan) {}
+      : numbers_(numbers),
+        factors_(factors),
+        tensors_(tensors),
+        n_(problem.n),
+        m_(problem.m),
+        problem_(problem),
+        plan_(plan) {}
 
   bool done() const { return at_ == numbers_.size(); }
 

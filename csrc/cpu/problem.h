@@ -1,4 +1,5 @@
-// One similarity matrix, and those of its teachers: operands, how they are cut into tiles, how much memory that may take.
+// One similarity matrix, and those of its teachers: operands, how they are cut into tiles, and how much memory that may
+// take.
 #pragma once
 
 #include <ATen/core/Tensor.h>

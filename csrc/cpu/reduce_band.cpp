@@ -131,7 +131,8 @@ void with_exponentials(Band& band, const Mode& mode, const float* mask, Running&
 
 // p = weight * exp(value - shift), 0 where the mask says so, and what is averaged, 0 there too.
 template <typename Term>
-void weigh_terms(Band& band, const float* mask, const Reduction& reduction, const Term& term, float* p, float* averaged) {
+void weigh_terms(Band& band, const float* mask, const Reduction& reduction, const Term& term, float* p,
+                 float* averaged) {
   const float* from = band.scores(reduction.of);
   const bool weighted = reduction.weights != nullptr;
   const float* along = weighted && reduction.by_row ? band.along_columns(reduction.weights, 0) : nullptr;

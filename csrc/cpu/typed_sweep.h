@@ -53,7 +53,8 @@ class TypedSweep final : public Sweep {
   std::vector<Statistics> forward(float* kept, int64_t kept_chunks) override {
     Reducer reducer(problem_, plan_, tiles_, mode_);
     // Nothing but partial results of columns bounds the height of a panel here: all chunks, if those stay small.
-    const int64_t chunk_bytes = std::max<int64_t>(reducer.slots(), 1) * chunk_stride(reducer) * static_cast<int64_t>(sizeof(float));
+    const int64_t slots = std::max<int64_t>(reducer.slots(), 1);
+    const int64_t chunk_bytes = slots * chunk_stride(reducer) * static_cast<int64_t>(sizeof(float));
     const int64_t chunks = std::max(layout_.panel_chunks, kPartialBytes / chunk_bytes);
     for_each_panel(chunks, kept, kept_chunks, [&](int64_t first, int64_t last, float* store, int64_t stored) {
       forward_panel(first, last, reducer, store, stored);
@@ -139,7 +140,8 @@ class TypedSweep final : public Sweep {
     panel_chunks = std::min(std::max(kPanelRows / tiles_.rows, layout_.workers()), chunks);
     for (;; panel_chunks = (panel_chunks + 1) / 2) {
       const int64_t height = panel_chunks * tiles_.rows;
-      const int64_t fixed = lean ? 0 : height * problem_.d * (size + (kDirect ? 0 : static_cast<int64_t>(sizeof(float))));
+      const int64_t apart = kDirect ? 0 : static_cast<int64_t>(sizeof(float));
+      const int64_t fixed = lean ? 0 : height * problem_.d * (size + apart);
       const int64_t each = tiles_.cols * size * (depth + height + (lean ? 0 : problem_.d));
       panel_blocks = std::clamp<int64_t>((working_bytes(problem_) - fixed) / each, 1, blocks);
       if (fixed + panel_blocks * each <= working_bytes(problem_) || panel_chunks == 1) {
@@ -151,7 +153,9 @@ class TypedSweep final : public Sweep {
 
   // Panels end between groups of chunks, so that how many chunks one holds, which may depend on the threads, does not
   // show in the bits of dy.
-  int64_t whole_groups(int64_t chunks) const { return chunks >= tiles_.chunks ? chunks : chunks / layout_.group * layout_.group; }
+  int64_t whole_groups(int64_t chunks) const {
+    return chunks >= tiles_.chunks ? chunks : chunks / layout_.group * layout_.group;
+  }
 
   // body(first chunk, last chunk, their stored cosines, how many of them are stored)
   template <typename Body>
@@ -169,7 +173,7 @@ class TypedSweep final : public Sweep {
 
   void pack_columns(const std::vector<int64_t>& matrices, int64_t first, int64_t last) {
     for (int64_t matrix : matrices) {
-      cosines_[matrix].pack_columns(first, last, layout_.panel_blocks, [this](int64_t tasks, const auto& body) { layout_.run(tasks, body); });
+      cosines_[matrix].pack_columns(first, last, layout_.panel_blocks, layout_);
     }
   }
 
@@ -196,8 +200,9 @@ class TypedSweep final : public Sweep {
   // stored one. Null if the backward does not read the matrix.
   float* stored_tile(float* store, int64_t chunk, int64_t matrix, int64_t block) const {
     const auto found = std::find(read_back_.begin(), read_back_.end(), matrix);
+    const int64_t place = found - read_back_.begin();
     return found == read_back_.end() ? nullptr
-                                     : store + chunk * kept_floats() + (found - read_back_.begin()) * tiles_.chunk_floats() +
+                                     : store + chunk * kept_floats() + place * tiles_.chunk_floats() +
                                            block * tiles_.cols * tiles_.rows;
   }
 

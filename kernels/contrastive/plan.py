@@ -20,7 +20,7 @@ A rule is its code and two numbers:
     DifferentId   2, rows, cols           Above a Target      6, targets, thresholds
     ColumnRange   3, start, stop
 
-where targets, rows, cols and thresholds are indices into the tensors. csrc/cpu/plan.cpp reads the same.
+where targets, rows, cols and thresholds are indices into the tensors. csrc/cpu/decode_plan.cpp reads the same.
 """
 
 from __future__ import annotations

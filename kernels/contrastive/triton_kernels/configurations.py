@@ -106,6 +106,9 @@ def pick_config(
         # With 8 warps the largest of a ragged tile keep a pointer on Blackwell's stack.
         warps = 4 if arch == "sm100" and pressure == 3 and narrow else 8
         tile = (*_within(tile, 128 if tall else 64, 32 if narrow else 64, 64)[:3], warps, tile[4])
+        # Three products of halves beside a teacher's tile: what the old instructions read from registers must be little.
+        if pressure == 3 and arch == "sm80" and precision == "tf32x3":
+            tile = (*_within(tile, 64, 32, 16)[:3], warps, tile[4])
     block_m, block_n, block_k, warps, stages = tile
     if kernel != "product":
         block_k = narrowed(block_k, width)

@@ -56,11 +56,11 @@ class Bar:
         return Judgement(self.text, self.beside, measured, met, text)
 
 
-def faster_than(name: str, times: float) -> Bar:
-    """Our median is at most 1/times of the other's."""
+def faster_than(name: str, times: float, ours: str | None = None) -> Bar:
+    """The median of our first contender, or of another one of ours, is at most 1/times of the other's."""
     return Bar(
-        text=f">= {times:g}x {name}",
-        measure=lambda result: result.median(name) / result.median(),
+        text=f">= {times:g}x {name}" + (f" ({ours})" if ours else ""),
+        measure=lambda result: result.median(name) / result.median(ours),
         limit=times,
         at_least=True,
         beside=name,
@@ -77,11 +77,11 @@ def faster_than_best(names: Sequence[str], times: float) -> Bar:
     )
 
 
-def leaner_than(name: str, share: float) -> Bar:
-    """Our peak memory is at most this share of the other's."""
+def leaner_than(name: str, share: float, ours: str | None = None) -> Bar:
+    """The peak memory of our first contender, or of another one of ours, is at most this share of the other's."""
     return Bar(
-        text=f"<= 1/{1 / share:g} of {name}'s memory",
-        measure=lambda result: result.peak() / result.peak(name),
+        text=f"<= 1/{1 / share:g} of {name}'s memory" + (f" ({ours})" if ours else ""),
+        measure=lambda result: result.peak(ours) / result.peak(name),
         limit=share,
         at_least=False,
         beside=name,

@@ -6,6 +6,7 @@ Everything is found by name, because the memory runs take it to another process.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pairtile import kernels
-from pairtile.kernels import use_backend
+from pairtile.kernels import use_backend, use_memory_budget
 
 from . import dense_pair_losses as pairs
 from . import dense_soft_losses as soft
@@ -25,6 +26,8 @@ from .peers import missing_backend, missing_compiler, missing_peer
 
 #: Two teachers of MobileCLIP's width, and its fixed scale (arXiv:2311.17049).
 TEACHERS, TEACHER_WIDTH, TEACHER_SCALE = 2, 768, 100.0
+#: Ours with less working memory: a third of S at the size measured, where by default the most of it is kept.
+LEAN, LEAN_BUDGET = "pairtile in 24 MiB", 24 * 2**20
 #: Nested widths of the largest that is at most the features'.
 WIDTHS = (64, 128, 256, 512)
 
@@ -238,11 +241,11 @@ def _found(name: str, which: str) -> Loss:
     return compiled(row.dense) if which == "compiled" else row.ours
 
 
-def _served(name: str, backend: str) -> Loss:
+def _served(name: str, backend: str, budget: int | None = None) -> Loss:
     loss = _found(name, "ours")
 
     def served(*leaves: Tensor) -> Tensor:
-        with use_backend(backend):
+        with use_backend(backend), nullcontext() if budget is None else use_memory_budget(budget):
             return loss(*leaves)
 
     return served
@@ -260,6 +263,15 @@ def contenders(name: str) -> list[Contender]:
         for backend in ("cpp", "torch")
     ]
     made = [next((each for each in made if each.missing is None), made[0])]
+    backend = made[0].name.split()[-1]
+    made.append(
+        Contender(
+            LEAN,
+            partial(forward_and_backward, partial(_served, name, backend, LEAN_BUDGET)),
+            missing=made[0].missing,
+            ours=True,
+        )
+    )
     others = {"DistillClipLoss 2 teachers": "open_clip", "MatryoshkaLoss": "four calls"}
     if name in others:
         missing = missing_peer("open_clip") if others[name] == "open_clip" else None

@@ -42,7 +42,14 @@ def work_of(row: objectives.Row, batch: int, width: int) -> Work:
 def bars_of(name: str) -> tuple[Bar, ...]:
     if name == "DistillClipLoss 2 teachers":
         return (faster_than("open_clip", 2.5),)
-    usual = (faster_than("dense", 2.0), faster_than("dense (compiled)", 1.3), leaner_than("dense", 1 / 8))
+    lean = objectives.LEAN
+    usual = (
+        faster_than("dense", 2.0),
+        faster_than("dense (compiled)", 1.3),
+        leaner_than("dense", 1 / 8),
+        faster_than("dense", 2.0, lean),
+        leaner_than("dense", 1 / 8, lean),
+    )
     return (faster_than("four calls", 1.5), *usual) if name == "MatryoshkaLoss" else usual
 
 

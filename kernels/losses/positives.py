@@ -93,15 +93,14 @@ def row_scores(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 class _RowScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(x, y, scale)
         exact = traced_pair_scores if torch.compiler.is_compiling() else pair_scores
-        operands = Operands(x, y, scale, None, None, None).detached()
-        return exact(operands, Diagonal(), 1, DEFAULT_MEMORY_BUDGET, 0.0).to(scale.dtype)
+        operands = Operands(x, y, torch.ones_like(scale), None, None, None).detached()
+        products = exact(operands, Diagonal(), 1, DEFAULT_MEMORY_BUDGET, 0.0)
+        ctx.save_for_backward(x, y, scale, products.to(scale.dtype))
+        return (products * scale).to(scale.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x, y, scale = ctx.saved_tensors
-        weighted = grad.unsqueeze(1) * y.to(scale.dtype)
-        dscale = (x * weighted).sum()
-        dy = (scale * grad).unsqueeze(1) * x
-        return (scale * weighted).to(x.dtype), dy.to(y.dtype), dscale
+        x, y, scale, products = ctx.saved_tensors
+        weights = (scale * grad).unsqueeze(1)
+        return (weights * y).to(x.dtype), (weights * x).to(y.dtype), (grad * products).sum()

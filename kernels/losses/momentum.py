@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..contrastive import Diagonal, Teacher, similarity_reduce
 from ..contrastive.arguments import factor
+from ..contrastive.row_blocks import row_terms
 from ..distributed import gather
 from .base import check_matrix, check_pairs, check_scalar
 from .batch import View
@@ -103,11 +104,16 @@ class MomentumDistillationLoss(SoftTargetLoss):
 
         def terms_of(queries: Tensor, query_keys: Tensor, keys: Tensor, queue: Tensor | None) -> Tensor:
             candidates = keys if queue is None else torch.cat([keys, queue.detach()])
-            teacher = Teacher(query_keys, candidates, logit_scale)
-            view = View(queries, candidates, batch.start, Diagonal(batch.start), teachers=(teacher,))
-            results, _ = similarity_reduce(view.x, view.y, scale=logit_scale, rows=soft_targets(view))
-            one_hot, gap = soft_cross_entropy(results, [teacher_own])
-            return one_hot + self.alpha * gap
+
+            def formula(x: Tensor, scale: float | Tensor, rows: slice) -> Tensor:
+                start = batch.start + rows.start
+                teacher = Teacher(query_keys[rows], candidates, logit_scale)
+                view = View(x, candidates, start, Diagonal(start), teachers=(teacher,))
+                results, _ = similarity_reduce(view.x, view.y, scale=scale, rows=soft_targets(view))
+                one_hot, gap = soft_cross_entropy(results, [teacher_own[rows]])
+                return one_hot + self.alpha * gap
+
+            return row_terms(formula, queries, logit_scale, columns=len(candidates), similarities=2)
 
         directions = (
             (image_features, image_keys, all_text_keys, text_queue),

@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kRows = 128, kCols = 256, kLeastRows = 32, kPanelRows = 512;
 constexpr int64_t kWorkingBytes = int64_t{14} << 20;
 constexpr double kShortest = 1e-12;  // F.normalize's eps
+constexpr double kRounding = 1e-6;   // of a length that was kept as a float
 constexpr float kZero = -100.0f;     // exp of it is an exact 0
 
 at::TensorOptions doubles() { return at::TensorOptions().dtype(at::kDouble); }
@@ -491,7 +492,7 @@ class Nested {
         double total = 0;
         for (int64_t level = levels_ - 1; level >= 0; --level) {
           const double inverse = factors[level * rows + i] / scale;
-          total += inverse * kShortest < 1 ? sums[level * rows + i] * inverse * inverse : 0.0;
+          total += inverse * kShortest < 1 - kRounding ? sums[level * rows + i] * inverse * inverse : 0.0;
           for (int64_t k = start_of(level); k < problem_.ends[level]; ++k) {
             gradient[i * d_ + k] -= static_cast<float>(total) * features[i * d_ + k];
           }

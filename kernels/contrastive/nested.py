@@ -64,7 +64,8 @@ def nested_cross_entropy_sum(
     check_features(x, y)
     _check_widths(widths, weights, x.shape[1])
     x, y = x[:, : widths[-1]], y[:, : widths[-1]]
-    if _in_one_sweep(x, y, scale, normalize):
+    # One feature of length 1 is a sign: its gradient is 0, which the sweep would leave as a difference.
+    if not (normalize and widths[0] == 1) and _in_one_sweep(x, y, scale, normalize):
         budget = checked_budget(memory_budget)
         request = (list(widths), [float(each) for each in weights], row_weight, col_weight, offset, normalize, budget)
         total: Tensor = _NestedCrossEntropySum.apply(x, y, scale, *request)

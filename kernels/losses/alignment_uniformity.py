@@ -99,7 +99,7 @@ class AlignmentUniformityLoss(ContrastiveLoss):
         if self.uniformity_weight:
             for one, all_of_it in ((image_features, all_images), (text_features, all_texts)):
                 # The pairs (i, j) and (j, i) are the same: what the columns would add to the gradient is the rows' own.
-                doubled = 2 * one - one.detach()
+                doubled: Tensor = _WithTwiceTheGradient.apply(one)
                 terms.append(self.uniformity_weight / 2 * self._uniformity(doubled, all_of_it.detach(), batch))
         if self.cross_uniformity_weight:
             terms.append(self.cross_uniformity_weight * self._uniformity(image_features, all_texts, batch))
@@ -126,6 +126,16 @@ class AlignmentUniformityLoss(ContrastiveLoss):
             here = _LogSumExpOverRanks.apply(here, batch)
         # as a tensor: torch.compile would take the logarithm of a number as a constant
         return here - here.new_full((), batch.total * (batch.total - 1)).log()
+
+
+class _WithTwiceTheGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
 
 
 class _LogSumExpOverRanks(torch.autograd.Function):

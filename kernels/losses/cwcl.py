@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..contrastive import LogSumExp, PairScore, Reduction
+from ..contrastive.arguments import factor
 from ..distributed import gather
 from .base import check_matrix, check_pairs, check_scalar
 from .batch import PairBatch, Side, View
@@ -82,11 +83,15 @@ class CWCLLoss(TwoDirectionLoss):
         with torch.autocast(locked.device.type, enabled=False):
             mean_score = _weighted_mean(image_features, batch.whole[1].features, locked.detach(), all_locked)
         loss = self._combined(
-            log_add_exp(*of_images) - logit_scale * mean_score if weighted else None,
+            log_add_exp(*of_images) - _scaled(mean_score, logit_scale) if weighted else None,
             cross_entropy(*of_texts) if one_hot else None,
             batch,
         )
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _scaled(scores: Tensor, scale: float | Tensor) -> Tensor:
+    return factor(scale, "logit_scale", scores.dtype, scores.device) * scores
 
 
 def _ask(view: View) -> list[Reduction]:

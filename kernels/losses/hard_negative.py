@@ -36,7 +36,8 @@ class HardNegativeLoss(TwoDirectionLoss):
 
     Args:
         k: how many, from 1 to 1024; None: all.
-        threshold: in units of the cosine, not of the scaled scores; None: no candidate is left out.
+        threshold: in units of the cosine, not of the scaled scores, for a positive logit_scale; None: no candidate is
+            left out.
         options: direction_weights, rank, world_size, local_loss, group, strategy, reduction, as in `ClipLoss`.
 
     Raises:

@@ -24,8 +24,8 @@ class ModXLoss(TwoDirectionLoss):
 
     g_i = 1 where the previous model is right, that is where the largest T_ij is T_ii, and 0 elsewhere; that of column j
     the same along the columns, with a gate of its own. Among equal scores the first is the largest. The authors' code
-    adds the divergences of a batch up, so that its weight alpha is distill_weight / batch here; it takes cosines as T.
-    No gradient goes to the previous model.
+    adds the divergences of a batch up, so that its weight alpha is distill_weight / batch here, and takes cosines as S and
+    T there: a call of its own, with both scales 1 and clip_loss_weight=0. No gradient goes to the previous model.
 
     Args:
         distill_weight: factor of the divergence.
@@ -92,7 +92,8 @@ class ModXLoss(TwoDirectionLoss):
             # KL = cross-entropy - entropy, and the entropy is the teacher's cross-entropy against itself.
             others, own = of_both[2], teacher_own[0]
             entropy = cross_entropy(others, own) + torch.sigmoid(others - own) * (own - teacher_mean)
-            gated = torch.where(teacher_best == position, one_hot + gap - entropy, 0)
+            # The last term is 0, or NaN where the old model's scores are: a closed gate would hide that.
+            gated = torch.where(teacher_best == position, one_hot + gap - entropy, 0 * entropy.detach())
             return self.clip_loss_weight * one_hot + self.distill_weight * gated
 
         loss = self._combined(*self._each(formula, reduced), batch)

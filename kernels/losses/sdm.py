@@ -97,16 +97,19 @@ class SDMLoss(TwoDirectionLoss):
     def _divergence(self, results: tuple[Tensor, ...], counts: Tensor | None) -> Tensor:
         """The owners' terms, from the log-sum-exp and the mean score of the negatives and of the positives."""
         negative, negative_mean, positive, *by_id = results
-        # Of a single positive the log-sum-exp and the mean are both its score.
-        positive_mean = by_id[0] if by_id else positive
-        counts = torch.ones_like(positive) if counts is None else counts
-        none = counts == 0
+        n = torch.ones_like(positive) if counts is None else counts.to(positive.dtype)
+        none, all_of_them = n == 0, negative.isneginf()
+        n = n.masked_fill(none, 1)
         positive = positive.masked_fill(none, 0)
-        target = 1 / counts.clamp(min=1).to(positive.dtype)
-        difference = positive - negative
-        attracted = F.logsigmoid(difference) + positive_mean - positive - torch.log(target + self.eps)
-        repelled = negative_mean - torch.logaddexp(positive, negative) - math.log(self.eps)
-        terms = torch.sigmoid(difference) * attracted + torch.sigmoid(-difference) * repelled
+        # How far the positives' mean lies below their log-sum-exp over n, which of a single one is its score.
+        below = (by_id[0] - positive + n.log()).masked_fill(n == 1, 0) if by_id else torch.zeros_like(positive)
+        attracted = below - torch.log1p(n * self.eps)
+        # Each part is a function of the difference alone, so that the small one keeps its digits.
+        difference = (positive - negative).masked_fill(all_of_them, 0)
+        repelled = (negative_mean - negative).masked_fill(all_of_them, 0) - math.log(self.eps)
+        of_positives = torch.sigmoid(difference) * (attracted + F.logsigmoid(difference))
+        of_negatives = torch.sigmoid(-difference) * (repelled + F.logsigmoid(-difference))
+        terms = torch.where(all_of_them, attracted, of_positives + of_negatives)
         return terms.masked_fill(none, 0)
 
 

@@ -96,3 +96,16 @@ def test_widths_that_make_no_sense(widths):
     x = torch.randn(3, 8)
     with pytest.raises(ValueError, match="expected ascending numbers from 1 to 8"):
         nested_cross_entropy_sum(x, x, scale=1.0, widths=widths, weights=[1.0] * len(widths))
+
+
+def test_a_prefix_shorter_than_eps_is_clamped(backend):
+    """As F.normalize has it: its length counts as 1e-12, and has no gradient."""
+    x = torch.zeros(2, 4)
+    x[0, 0], x[1, :2] = 1, torch.tensor([8e-13, 1e-13])
+    leaves = [x, torch.eye(4)[:2].contiguous(), torch.tensor(20.0)]
+    request = {"widths": (2,), "weights": (1.0,), "row_weight": 0.5, "col_weight": 0.5}
+    found = outcome(leaves, torch.float32, **request)
+    with use_backend("reference"):
+        truth = outcome(leaves, torch.float64, **request)
+    for given, right in zip(found[:3], truth[:3], strict=True):
+        torch.testing.assert_close(given.double(), right, rtol=1e-5, atol=1e-6)

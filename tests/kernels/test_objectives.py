@@ -343,3 +343,40 @@ def test_the_dense_formulations_of_the_benchmarks(dense, embeddings):
         (MatryoshkaLoss(widths)(x, y, scale), plain.matryoshka_loss(x, y, scale, widths)),
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("by_id", [False, True])
+def test_a_small_divergence_keeps_its_digits(backend, embeddings, by_id):
+    """Aligned pairs, a KL of 1e-4: in dense float32, and wherever its parts are not kept apart, the value is off by 5e-4."""
+    x, y = embeddings(48, 48, 32, cosine=0.96)
+    ids = {"image_ids": torch.arange(48)} if by_id else {}
+
+    def outcome(dtype):
+        leaves = [each.to(dtype).requires_grad_() for each in (x.float(), y.float(), torch.tensor(20.0))]
+        value = SDMLoss()(*leaves, **ids)
+        return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+    with use_backend("reference"):
+        truth = outcome(torch.float64)
+    for given, right in zip(outcome(torch.float32), truth, strict=True):
+        # By id a pair's score is the tile's, with the rounding of a float32 of 20.
+        assert float((given.double() - right).norm()) <= (1e-4 if by_id else 2e-5) * float(right.norm())
+
+
+def test_a_closed_gate_hides_no_nan(backend, embeddings):
+    x, y = (each.float() for each in embeddings(6, 6, 4))
+    old = x.clone()
+    old[5, 0] = torch.nan
+    assert ModXLoss(direction_weights=(1.0, 0.0))(x, y, 14.0, old, y, 10.0).isnan()
+
+
+def test_uniformity_of_large_float16_features(backend):
+    features = torch.zeros(4, 8, dtype=torch.float16)
+    features[:, 0], features[0, 1] = torch.arange(4), 40_000
+    loss = AlignmentUniformityLoss(alignment_weight=0, cross_uniformity_weight=0, clip_loss_weight=0)
+    assert loss(features, features).isfinite()
+
+
+def test_float32_features_give_float32_whatever_the_scale_is(backend, embeddings):
+    x, y = (each.float() for each in embeddings(5, 5, 4))
+    assert CWCLLoss()(x, y, torch.tensor([14.0], dtype=torch.float64)).dtype == torch.float32

@@ -45,6 +45,7 @@ class Row:
         products: of S, where a formula needs several.
         passes: forward, again in the backward, and the two of its gradients, in products of N M D.
         agreement: largest relative difference between contenders.
+        miscompiled: why the compiled formula does not take part.
     """
 
     ours: Loss
@@ -54,6 +55,11 @@ class Row:
     products: float = 1.0
     passes: int = 8
     agreement: float = 1e-4
+    miscompiled: str | None = None
+
+
+#: Seen with 2.14.1 at batch 4096: finite, and off by 0.3 (weighted) and 200 (mil_nce) of their norm.
+_WRONG_GRADIENTS = "torch.compile's gradients of this formula are wrong on the CPU (torch 2.14.1)"
 
 
 def _scale(value: float = 14.3) -> Callable[[int, int], list[Tensor]]:
@@ -144,7 +150,10 @@ def rows() -> dict[str, Row]:
         "SigLipPlusLoss": Row(_by_ids(k.SigLipPlusLoss()), pairs.siglip_plus, _scale_and_ids(bias=-10.0, value=10.0)),
         "DecoupledContrastiveLoss": Row(k.DecoupledContrastiveLoss(), pairs.decoupled, _scale()),
         "DecoupledContrastiveLoss weighted": Row(
-            k.DecoupledContrastiveLoss(weighted=True), partial(pairs.decoupled, weighted=True), _scale()
+            k.DecoupledContrastiveLoss(weighted=True),
+            partial(pairs.decoupled, weighted=True),
+            _scale(),
+            miscompiled=_WRONG_GRADIENTS,
         ),
         "MultiPositiveLoss mean, all": Row(_by_ids(k.MultiPositiveLoss()), pairs.multi_positive, _scale_and_ids()),
         "MultiPositiveLoss mean, others_excluded": Row(
@@ -156,9 +165,10 @@ def rows() -> dict[str, Row]:
             _by_ids(k.MultiPositiveLoss(positives="inside", denominator="mil_nce")),
             partial(pairs.multi_positive, positives="inside", denominator="mil_nce"),
             _scale_and_ids(),
+            miscompiled=_WRONG_GRADIENTS,
         ),
         "CircleLoss": Row(_by_ids(k.CircleLoss()), pairs.circle, _scale_and_ids(value=None)),
-        "DebiasedContrastiveLoss": Row(k.DebiasedContrastiveLoss(), pairs.debiased, _scale()),
+        "DebiasedContrastiveLoss": Row(k.DebiasedContrastiveLoss(), pairs.debiased, _scale(), agreement=1e-3),
         "HardNegativeLoss k = 8": Row(
             k.HardNegativeLoss(k=8, threshold=0.1), pairs.hard_negatives, _scale(), agreement=1e-3
         ),
@@ -284,7 +294,7 @@ def contenders(name: str) -> list[Contender]:
         Contender(
             "dense (compiled)",
             partial(forward_and_backward, partial(_found, name, "compiled")),
-            missing=missing_compiler(),
+            missing=rows()[name].miscompiled or missing_compiler(),
             compiled=True,
         ),
     ]

@@ -27,7 +27,19 @@ def _load_benchmarks():
 
 _load_benchmarks()
 
-from benchmarks import bars, contrastive, floor, harness, peak, peers, report, test_contrastive, work  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bars,
+    contrastive,
+    floor,
+    harness,
+    objectives,
+    peak,
+    peers,
+    report,
+    test_contrastive,
+    test_objectives,
+    work,
+)
 
 
 @pytest.fixture
@@ -213,3 +225,12 @@ def test_run_with_bars_fails_and_leaves_table_and_json(tmp_path):
     (row,) = json.loads(json_file.read_text())["benchmarks"]
     assert row["extra_info"]["sizes"] == {"batch": 32, "width": 8}
     assert [bar["met"] for bar in row["extra_info"]["bars"]] == [False, True]
+
+
+@pytest.mark.parametrize("name", list(objectives.rows()))
+def test_a_row_of_every_objective(quick, name):
+    """Ours, ours in less memory, the dense formula, open_clip's and the four calls agree before they are timed."""
+    found = quick(test_objectives.case_of(name, 24, 64), rounds=1)
+    assert set(found.measured) >= {found.subject, objectives.LEAN, "dense"}
+    # Float32's rounding, which the least exact of the dense formulas takes tenfold through its exponentials.
+    assert all(error < 1e-4 for each in found.measured.values() for error in each.errors.values())

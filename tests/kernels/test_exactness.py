@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,11 +63,10 @@ def portable_product(portable: bool) -> Iterator[None]:
 
 
 def contenders(interpreted: bool) -> list[tuple[str, bool]]:
-    """(backend, whether cpp's portable tile product is used), of those that PAIRTILE_TEST_BACKENDS names if it is set."""
+    """(backend, whether cpp's portable tile product is used)."""
     built = [] if operators_obstacle() else [("cpp", False), ("cpp", True)]
     triton = [("triton", False)] if interpreted and find_spec("triton") is not None else []
-    wanted = os.environ.get("PAIRTILE_TEST_BACKENDS", "torch,cpp,triton").split(",")
-    return [each for each in [("torch", False), *built, *triton] if each[0] in wanted]
+    return [("torch", False), *built, *triton]
 
 
 # ---- dense PyTorch -------------------------------------------------------------------------------

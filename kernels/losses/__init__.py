@@ -8,12 +8,14 @@ from .cwcl import CWCLLoss
 from .debiased import DebiasedContrastiveLoss
 from .decoupled import DecoupledContrastiveLoss
 from .distill import DistillClipLoss
+from .filip import FilipLoss
 from .hard_negative import HardNegativeLoss
 from .linear_cross_entropy import linear_cross_entropy
 from .matryoshka import MatryoshkaLoss
 from .mod_x import ModXLoss
 from .momentum import MomentumDistillationLoss
 from .multi_positive import CircleLoss, MultiPositiveLoss
+from .over_scores import over_scores
 from .sdm import SDMLoss
 from .siglip import SigLipLoss
 from .siglip_plus import SigLipPlusLoss
@@ -31,6 +33,7 @@ __all__ = [
     "DebiasedContrastiveLoss",
     "DecoupledContrastiveLoss",
     "DistillClipLoss",
+    "FilipLoss",
     "HardNegativeLoss",
     "MatryoshkaLoss",
     "ModXLoss",
@@ -44,5 +47,6 @@ __all__ = [
     "TripletLoss",
     "VicinityMixLoss",
     "linear_cross_entropy",
+    "over_scores",
     "vicinity_mix",
 ]

@@ -1,0 +1,21 @@
+"""Late interaction: similarities between sets of tokens whose products are never stored."""
+
+from .maxsim import filip_similarity, maxsim, maxsim_pairs, maxsim_varlen
+from .pooling import AttentionPooling, LogSumExpPooling, MaxPooling, Pooling, SoftmaxPooling, TopMeanPooling
+from .project_max import project_max
+from .scores import token_scores
+
+__all__ = [
+    "AttentionPooling",
+    "LogSumExpPooling",
+    "MaxPooling",
+    "Pooling",
+    "SoftmaxPooling",
+    "TopMeanPooling",
+    "filip_similarity",
+    "maxsim",
+    "maxsim_pairs",
+    "maxsim_varlen",
+    "project_max",
+    "token_scores",
+]

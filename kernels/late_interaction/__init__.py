@@ -4,6 +4,7 @@ from .maxsim import filip_similarity, maxsim, maxsim_pairs, maxsim_varlen
 from .pooling import AttentionPooling, LogSumExpPooling, MaxPooling, Pooling, SoftmaxPooling, TopMeanPooling
 from .project_max import project_max
 from .scores import token_scores
+from .topk import TopDocuments, maxsim_topk
 
 __all__ = [
     "AttentionPooling",
@@ -11,10 +12,12 @@ __all__ = [
     "MaxPooling",
     "Pooling",
     "SoftmaxPooling",
+    "TopDocuments",
     "TopMeanPooling",
     "filip_similarity",
     "maxsim",
     "maxsim_pairs",
+    "maxsim_topk",
     "maxsim_varlen",
     "project_max",
     "token_scores",

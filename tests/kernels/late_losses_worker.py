@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from late_cases import LOSSES, batch
+from late_loss_cases import LOSSES, batch
 from pairtile.kernels import use_backend
 
 

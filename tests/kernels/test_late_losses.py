@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import late_losses as reference
-from late_cases import LOSSES, Batch, batch
+from late_loss_cases import LOSSES, Batch, batch
 from pairtile.kernels import (
     ClipLoss,
     ColbertLoss,

@@ -5,6 +5,7 @@ from .pooling import AttentionPooling, LogSumExpPooling, MaxPooling, Pooling, So
 from .project_max import project_max
 from .scores import token_scores
 from .selection import most_similar_tokens, take_tokens, top_tokens
+from .topk import TopDocuments, maxsim_topk
 
 __all__ = [
     "AttentionPooling",
@@ -12,10 +13,12 @@ __all__ = [
     "MaxPooling",
     "Pooling",
     "SoftmaxPooling",
+    "TopDocuments",
     "TopMeanPooling",
     "filip_similarity",
     "maxsim",
     "maxsim_pairs",
+    "maxsim_topk",
     "maxsim_varlen",
     "most_similar_tokens",
     "project_max",

@@ -46,11 +46,12 @@ def build_model(model: ModelConfig, data: DataConfig, tokenizer: Tokenizer) -> D
     return DualEncoder(model, **_text_sizes(tokenizer, data))
 
 
-def _text_sizes(tokenizer: Tokenizer, data: DataConfig) -> dict[str, int]:
+def _text_sizes(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
     return {
         "vocab_size": tokenizer.vocab_size,
         "pad_id": tokenizer.pad_id,
         "context_length": data.context_length,
+        "special_ids": tokenizer.special_ids(),
     }
 
 

@@ -39,9 +39,13 @@ class DualOutput(NamedTuple):
 
     def without_rows(self) -> DualOutput:
         """The same of no pair, with the graph of these."""
-        per_pair = ("image_features", "text_features", "image_tokens", "text_tokens", "text_mask")
-        found = {name: getattr(self, name) for name in per_pair}
-        return self._replace(**{name: None if value is None else value[:0] for name, value in found.items()})
+        return DualOutput(
+            self.image_features[:0],
+            self.text_features[:0],
+            self.logit_scale,
+            self.logit_bias,
+            *(each if each is None else each[:0] for each in (self.image_tokens, self.text_tokens, self.text_mask)),
+        )
 
 
 class Embedded(NamedTuple):
@@ -93,7 +97,9 @@ class DualEncoder(nn.Module):
         self.register_buffer("pixel_scale", (1 / (255 * std)).view(shape), persistent=False)
         self.register_buffer("pixel_shift", (-mean / std).view(shape), persistent=False)
         words = config.tokens is not None and not config.tokens.special_tokens
-        self.register_buffer("special_ids", torch.tensor(special_ids if words else [], dtype=torch.int64), persistent=False)
+        self.register_buffer(
+            "special_ids", torch.tensor(special_ids if words else [], dtype=torch.int64), persistent=False
+        )
         self.vision.requires_grad_(not config.vision.frozen)
         self.text.requires_grad_(not config.text.frozen)
 
@@ -116,11 +122,11 @@ class DualEncoder(nn.Module):
 
     def encode_image_tokens(self, images: Tensor, normalize: bool = True) -> Tokens:
         """images uint8 [n, C, H, W] -> the embeddings of their patches. Raises without ``model.tokens``."""
-        return _required(self.embed_image(images, normalize).tokens)
+        return required_tokens(self.embed_image(images, normalize).tokens)
 
     def encode_text_tokens(self, input_ids: Tensor, attention_mask: Tensor, normalize: bool = True) -> Tokens:
         """input_ids int64 [n, L], attention_mask bool [n, L] -> the embeddings of their words. Raises as above."""
-        return _required(self.embed_text(input_ids, attention_mask, normalize).tokens)
+        return required_tokens(self.embed_text(input_ids, attention_mask, normalize).tokens)
 
     def embed_image(self, images: Tensor, normalize: bool = True) -> Embedded:
         """Both kinds of embeddings of images uint8 [n, C, H, W], from one pass through the tower."""
@@ -199,7 +205,8 @@ def _projected(features: Tensor, projection: nn.Linear | None, normalize: bool) 
     return F.normalize(projected.float(), dim=-1) if normalize else projected
 
 
-def _required(tokens: Tokens | None) -> Tokens:
+def required_tokens(tokens: Tokens | None) -> Tokens:
+    """The tokens. Raises :class:`PairtileError` where the model has none."""
     if tokens is None:
         raise PairtileError("this model has no token embeddings; train one whose recipe sets model.tokens.dim")
     return tokens

@@ -22,7 +22,11 @@ def build_vision(config: VisionConfig) -> tuple[nn.Module, int, int]:
         PairtileError: timm does not know the model, or refuses the arguments.
     """
     if config.target is not None:
-        return _from_import_path(config.target, config.args, "model.vision"), cast(int, config.out_dim), cast(int, config.out_dim)
+        return (
+            _from_import_path(config.target, config.args, "model.vision"),
+            cast(int, config.out_dim),
+            cast(int, config.out_dim),
+        )
     import timm
 
     args: dict[str, Any] = {"num_classes": 0, "in_chans": config.channels, **config.args}

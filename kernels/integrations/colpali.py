@@ -13,8 +13,9 @@ device, while "torch" stays colpali-engine's own.
 
 Padding has no mask there but zero vectors, which take part in the maximum with the score 0, so that no query token of a
 padded document scores below 0; a mask proper would leave them out (`maxsim(..., d_mask=)`). These are colpali-engine's numbers
-and stay as they are. Among equal maxima its `amax` divides the gradient; ours gives it to the first, which differs on
-duplicate tokens alone. Scores are float32 (float64 for float64 embeddings), where colpali-engine's are of the embeddings' dtype.
+and stay as they are. Among equal maxima its `amax` divides the gradient, and ours gives it to the first: duplicate tokens
+share it differently, and so does the padding itself, whose gradient the models' attention mask drops. Scores are float32
+(float64 for float64 embeddings), where colpali-engine's are of the embeddings' dtype.
 
 What cannot be served is left to colpali-engine after one warning that says why: the smooth maximum over explicit negatives,
 and embeddings whose dtypes or shapes do not fit. The scores of the positive pairs beside explicit negatives, one for each
@@ -65,7 +66,7 @@ def enabled() -> AbstractContextManager[None]:
 @functools.cache
 def _replacements() -> Sequence[Replacement]:
     """The functions of the backend "lik", which is asked for at each call, and the smooth maximum, which has no backend."""
-    library("colpali_engine", "colpali-engine", _NEEDED)
+    library("colpali_engine", "colpali-engine")
     losses = import_module("colpali_engine.loss.late_interaction_losses")
     try:
         backend = import_module("colpali_engine.utils._lik_backend")

@@ -68,7 +68,7 @@ def _replacements() -> Sequence[Replacement]:
 
     That choice is replaced, and not the functions: losses keep those by value.
     """
-    version = library("pylate", "PyLate", _NEEDED).__version__
+    version = library("pylate", "pylate").__version__
     scores = import_module("pylate.scores.colbert")
     try:
         backend = import_module("pylate.scores._flash_backend")

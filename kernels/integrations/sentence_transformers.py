@@ -121,7 +121,7 @@ _switch = Switch(lambda: [Replacement(each.owner, each.name, each.theirs, each.e
 
 def _library() -> tuple[ModuleType, ModuleType]:
     """sentence-transformers' losses and its utilities."""
-    library("sentence_transformers", "sentence-transformers", "sentence-transformers>=5")
+    library("sentence_transformers", "sentence-transformers")
     utilities = import_module("sentence_transformers.util")
     try:
         return import_module("sentence_transformers.sentence_transformer.losses"), utilities

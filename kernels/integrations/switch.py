@@ -54,13 +54,8 @@ class Switch:
             self._always, self._blocks, self.on = always, blocks, wanted
 
 
-def library(name: str, distribution: str, needed: str) -> ModuleType:
-    """A library's top module.
-
-    Args:
-        name: of the module.
-        distribution: what pip calls it.
-        needed: with a version, for pip.
+def library(name: str, distribution: str) -> ModuleType:
+    """A library's top module, by its name and by what pip calls it.
 
     Raises:
         ImportError: it is not installed. An error inside of it is passed on.
@@ -71,5 +66,5 @@ def library(name: str, distribution: str, needed: str) -> ModuleType:
         if error.name != name:
             raise
         raise ImportError(
-            f'this integration serves {distribution}, which is not installed: pip install "{needed}"'
+            f"this integration serves {distribution}, which is not installed: pip install {distribution}"
         ) from error

@@ -63,13 +63,13 @@ def maxsim(
     documents = d if not candidates else d.flatten(0, 1)
     if candidates and d_mask is not None and d_mask.dim() == 3:
         d_mask = d_mask.flatten(0, 1)
-    q = _weighted(_unit(q) if normalize else q, q_weights, pooling)
+    q = _weighted(unit(q) if normalize else q, q_weights, pooling)
     x = padded_sets(q, q_mask, "q")
-    y = padded_sets(_unit(documents) if normalize else documents, d_mask, "d")
+    y = padded_sets(unit(documents) if normalize else documents, d_mask, "d")
     (scores,) = token_scores(
         x, y, pooling=pooling, candidates=candidates, precision=precision, memory_budget=memory_budget
     )
-    return _aggregated(scores, x, aggregate)
+    return aggregated(scores, x, aggregate)
 
 
 def maxsim_pairs(
@@ -122,10 +122,10 @@ def maxsim_varlen(
     Returns:
         [Nq, Nd], float32 (float64 for float64 tokens).
     """
-    x = packed_sets(_unit(q) if normalize else q, cu_seqlens_q, max_seqlen_q, "q")
-    y = packed_sets(_unit(d) if normalize else d, cu_seqlens_d, max_seqlen_d, "d")
+    x = packed_sets(unit(q) if normalize else q, cu_seqlens_q, max_seqlen_q, "q")
+    y = packed_sets(unit(d) if normalize else d, cu_seqlens_d, max_seqlen_d, "d")
     (scores,) = token_scores(x, y, pooling=pooling, precision=precision, memory_budget=memory_budget)
-    return _aggregated(scores, x, aggregate)
+    return aggregated(scores, x, aggregate)
 
 
 def filip_similarity(
@@ -156,12 +156,12 @@ def filip_similarity(
     Returns:
         (of x, of y), both [N, M] in float32 (float64 for float64 tokens).
     """
-    sets_x = padded_sets(_unit(x) if normalize else x, x_mask, "x")
-    sets_y = padded_sets(_unit(y) if normalize else y, y_mask, "y")
+    sets_x = padded_sets(unit(x) if normalize else x, x_mask, "x")
+    sets_y = padded_sets(unit(y) if normalize else y, y_mask, "y")
     of_x, of_y = token_scores(
         sets_x, sets_y, pooling=pooling, cols=True, names=("x", "y"), precision=precision, memory_budget=memory_budget
     )
-    return _aggregated(of_x, sets_x, aggregate), _aggregated(of_y, sets_y, aggregate, dim=0)
+    return aggregated(of_x, sets_x, aggregate), aggregated(of_y, sets_y, aggregate, dim=0)
 
 
 def _candidates(q: Tensor, d: Tensor) -> int:
@@ -177,7 +177,8 @@ def _candidates(q: Tensor, d: Tensor) -> int:
     return d.shape[1]
 
 
-def _unit(tokens: Tensor) -> Tensor:
+def unit(tokens: Tensor) -> Tensor:
+    """Each token divided by its length."""
     # The length in float32: one rounding of 16-bit tokens, as a model's own normalisation has.
     wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     return F.normalize(wide, dim=-1).to(tokens.dtype)
@@ -195,7 +196,8 @@ def _weighted(q: Tensor, weights: Tensor | None, pooling: Pooling) -> Tensor:
     return q * weights.unsqueeze(-1).to(q.dtype)
 
 
-def _aggregated(scores: Tensor, sets: TokenSets, aggregate: str, dim: int = 1) -> Tensor:
+def aggregated(scores: Tensor, sets: TokenSets, aggregate: str, dim: int = 1) -> Tensor:
+    """Sums over the tokens of the sets along `dim`, as they are or divided by how many count."""
     if aggregate == "sum":
         return scores
     if aggregate != "mean":

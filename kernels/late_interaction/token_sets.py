@@ -62,7 +62,7 @@ def padded_sets(tokens: Tensor, mask: Tensor | None, name: str) -> TokenSets:
         TypeError: embeddings that are not floating point.
         ValueError: shapes, dtype or device that do not fit.
     """
-    _check_tokens(tokens, name, 3, "[sets, tokens, features]")
+    check_tokens(tokens, name, 3, "[sets, tokens, features]")
     count, length, width = tokens.shape
     if mask is not None:
         check_mask(mask, tokens, name)
@@ -79,33 +79,38 @@ def packed_sets(tokens: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, name
         TypeError: embeddings that are not floating point.
         ValueError: boundaries that are no ascending integers from 0 to T (on the CPU), or a maximum that is too small.
     """
-    _check_tokens(tokens, name, 2, "[all tokens, features]")
-    given = f"cu_seqlens of {name}"
-    if (
-        not isinstance(cu_seqlens, Tensor)
-        or cu_seqlens.dtype not in (torch.int32, torch.int64)
-        or cu_seqlens.dim() != 1
-    ):
-        raise ValueError(f"{given} is {described(cu_seqlens)}: expected an int32 or int64 tensor [sets + 1]")
-    if cu_seqlens.shape[0] == 0 or cu_seqlens.device != tokens.device:
+    check_tokens(tokens, name, 2, "[all tokens, features]")
+    cu_seqlens = check_boundaries(cu_seqlens, tokens.shape[0], name)
+    if cu_seqlens.device != tokens.device:
         raise ValueError(
-            f"{given} has {cu_seqlens.shape[0]} entries on {cu_seqlens.device}: expected sets + 1 on {tokens.device}"
+            f"cu_seqlens of {name} is on {cu_seqlens.device}, the tokens are on {tokens.device}: move it there"
         )
-    cu_seqlens = cu_seqlens.to(torch.int64)
     lengths = cu_seqlens.diff()
-    if not torch.compiler.is_compiling() and tokens.device.type == "cpu":
-        bounds = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if bounds != (0, tokens.shape[0]) or bool((lengths < 0).any()):
-            raise ValueError(
-                f"{given} runs from {bounds[0]} to {bounds[1]}: expected ascending boundaries from 0 to {tokens.shape[0]}, "
-                "the number of tokens"
-            )
     if max_seqlen is None:
         # Waits for a GPU, as flash-attn's varlen functions do not: those ask for the number.
         max_seqlen = int(lengths.max()) if lengths.numel() else 0
     elif tokens.device.type == "cpu" and lengths.numel() and max_seqlen < int(lengths.max()):
         raise ValueError(f"max_seqlen={max_seqlen} for {name}, whose longest set has {int(lengths.max())} tokens")
     return TokenSets(tokens, cu_seqlens[:-1], lengths, None, max_seqlen, None)
+
+
+def check_boundaries(cu_seqlens: object, total: int, name: str) -> Tensor:
+    """Boundaries of packed sets as int64; on the CPU checked to ascend from 0 to `total`."""
+    given = f"cu_seqlens of {name}"
+    integers = (torch.int32, torch.int64)
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in integers or cu_seqlens.dim() != 1:
+        raise ValueError(f"{given} is {described(cu_seqlens)}: expected an int32 or int64 tensor [sets + 1]")
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{given} is empty: expected sets + 1 entries, the first of them 0")
+    found = cu_seqlens.to(torch.int64)
+    if not torch.compiler.is_compiling() and found.device.type == "cpu":
+        bounds = int(found[0]), int(found[-1])
+        if bounds != (0, total) or bool((found.diff() < 0).any()):
+            raise ValueError(
+                f"{given} runs from {bounds[0]} to {bounds[1]}: expected ascending boundaries from 0 to {total}, the "
+                "number of tokens"
+            )
+    return found
 
 
 def check_mask(mask: object, tokens: Tensor, name: str) -> None:
@@ -119,7 +124,8 @@ def check_mask(mask: object, tokens: Tensor, name: str) -> None:
         raise ValueError(f"the mask of {name} is on {mask.device}, the tokens are on {tokens.device}: move it there")
 
 
-def _check_tokens(tokens: object, name: str, dims: int, expected: str) -> None:
+def check_tokens(tokens: object, name: str, dims: int, expected: str) -> None:
+    """Raise unless it is a floating point tensor of so many dimensions."""
     if not isinstance(tokens, Tensor) or tokens.dtype not in FEATURE_DTYPES:
         given = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(f"{name} is {given}: expected a float16, bfloat16, float32 or float64 tensor")

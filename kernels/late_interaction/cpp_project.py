@@ -32,6 +32,10 @@ def _backward(
         *(None, None),
         *(dweight, dhidden),
     )
-    return None if dhidden is None else dhidden.to(hidden.tokens.dtype), None if dweight is None else dweight.to(
-        weight.dtype
+    return (
+        None if dhidden is None else dhidden.to(weight.dtype),
+        None if dweight is None else dweight.to(weight.dtype),
     )
+
+
+PROJECTION = Projection(_forward, _backward)

@@ -195,7 +195,7 @@ class SoftBackward {
     const Vec scale(scale_), one(1.0f), by_softmax(softmax_ ? scale_ : 0.0f);
     // d(pooled) / ds, times the upstream gradient.
     auto weight = [&](Vec s, Vec factor, Vec known_lse, Vec known_mean) {
-      return factor * exp((s - known_lse) * scale) * at::vec::fmadd(s - known_mean, by_softmax, one);
+      return factor * ((s - known_lse) * scale).exp() * at::vec::fmadd(s - known_mean, by_softmax, one);
     };
     for (int64_t c = begin; c < end; c += kLanes) {
       const Vec s = Vec::loadu(weights + c);

@@ -79,11 +79,11 @@ class SoftForward {
       for (int r = 0; r < chunk.counted; ++r) {
         most = at::vec::maximum(most, Vec::loadu(column + chunk.row[r] * width));
       }
-      const Vec kept = exp((before - most) * scale);
+      const Vec kept = ((before - most) * scale).exp();
       Vec sum = Vec::loadu(sums + v * kLanes) * kept, mean = Vec::loadu(weighted + v * kLanes) * kept;
       for (int r = 0; r < chunk.counted; ++r) {
         const Vec s = Vec::loadu(column + chunk.row[r] * width);
-        const Vec e = exp((s - most) * scale);
+        const Vec e = ((s - most) * scale).exp();
         sum = sum + e;
         mean = at::vec::fmadd(e, s, mean);
       }

@@ -71,14 +71,14 @@ struct Side {
 
 Pairs make_pairs(const TokenSets& x, const TokenSets& y, int64_t candidates);
 
+constexpr int64_t kChunkRows = 64;
+
 // Rows of a set that are multiplied together: from a row that counts to a row that counts.
 struct Chunk {
   int64_t begin, rows;  // of the matrix of tokens; rows is 0 behind the last chunk
   int counted;
-  int32_t row[64];  // those that count, from `begin` on
+  int32_t row[kChunkRows];  // those that count, from `begin` on
 };
-
-constexpr int64_t kChunkRows = 64;
 
 // The chunk from `row` on of a set that ends before `end`. Rows that do not count are skipped where they are many.
 inline Chunk next_chunk(const bool* keep, int64_t row, int64_t end) {

@@ -260,8 +260,8 @@ def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     x, y, shared = saved[:4], saved[4:8], list(saved[8:])
     found = _traced_backward(*x, *ctx.rest[:2], *y, *ctx.rest[2:], shared, *ctx.request, list(grads))
     nothing = [None] * (_FLAT - 1)
-    # A list among the arguments wants a list.
-    of_request = [[None] * len(each) if isinstance(each, list) else None for each in ctx.request]
+    # torch takes a list without any number for one of tensors, whose gradients are a list.
+    of_request = [[] if each == [] else None for each in ctx.request]
     return found[0], *nothing, found[1], *nothing, list(found[2:]) or [], *of_request
 
 

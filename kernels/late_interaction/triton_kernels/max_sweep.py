@@ -51,10 +51,11 @@ def max_sweep(
     if PAIRS == 0:
         i, j = tile_of(program, groups, batches, GROUP)
         first, begin = i * (BM // SPAN), j * SETS
-        stop = tl.minimum(begin + SETS, streamed.sets)
     else:
         first, begin = _candidates(program, candidates, PAIRS)
-        stop = begin + 1
+    stop = begin + 1  # which the compiler understands: there is no loop then
+    if SETS > 1:
+        stop = tl.minimum(begin + SETS, streamed.sets)
     which = first + tl.arange(0, BM // SPAN)
     known = which < held.sets
     lanes = held_lanes(held, first, 0, SPAN, BM)
@@ -205,23 +206,28 @@ def _blocks(
     best = tl.full((BM, BN), float("-inf"), tl.float32)
     block = tl.zeros((BM, BN), tl.int32)
     others = tl.zeros((BM // SPAN,), tl.float32)
-    # Without a mask all blocks but the last are full, and need no selection either.
-    full = 0
     if pair[3].keep is None:
+        # All blocks but the last are full, and need no selection.
         full = end // BN * BN
         for k in range(0, full, BN):
             best, block, others = _block(
                 pair, to, k, best, block, others, HELD, POSITIONS, STREAMED, False, SPAN, WHOLE, EVEN, PRECISION,
                 INTERPRETED, BM, BN, BK,
             )  # fmt: skip
-    for k in range(full, end, BN):
-        best, block, others = _block(
-            pair, to, k, best, block, others, HELD, POSITIONS, STREAMED, True, SPAN, WHOLE, EVEN, PRECISION,
-            INTERPRETED, BM, BN, BK,
-        )  # fmt: skip
+        if full < end:
+            best, block, others = _block(
+                pair, to, full, best, block, others, HELD, POSITIONS, STREAMED, True, SPAN, WHOLE, EVEN, PRECISION,
+                INTERPRETED, BM, BN, BK,
+            )  # fmt: skip
+    else:
+        for k in range(0, end, BN):
+            best, block, others = _block(
+                pair, to, k, best, block, others, HELD, POSITIONS, STREAMED, True, SPAN, WHOLE, EVEN, PRECISION,
+                INTERPRETED, BM, BN, BK,
+            )  # fmt: skip
     # Without use, both cost nothing.
     top = largest(best, 1, INTERPRETED)
-    at = None
+    at = tl.zeros((BM,), tl.int32)
     if POSITIONS:
         token = block + tl.arange(0, BN)[None, :]
         at = _first(token, best, top[:, None], 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,8 +63,7 @@ class _SimilarityReduce(torch.autograd.Function):
         plan = decode(numbers, factors, metadata)
         with torch.no_grad(), torch.autocast(operands[0].device.type, enabled=False):
             results = sweeps.backward(Operands(*operands), plan, statistics, list(grads), settings, needed)
-        if torch.is_grad_enabled():
-            results = DifferentiatedOnce.apply(sweeps.name, *results, *operands, *grads)
+        results = differentiated_once(sweeps.name, results, [*operands, *grads])
         return *results, None, None, None, None, *[None] * count
 
 
@@ -78,19 +77,34 @@ def without_gradient(plan: Plan, results: list[Tensor]) -> list[Tensor]:
     return found
 
 
-class DifferentiatedOnce(torch.autograd.Function):
+def differentiated_once(
+    name: str, gradients: Sequence[Tensor | None], of: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """What a backward returns, which refuses to be differentiated with respect to `of`, all that it was computed from.
+
+    Args:
+        name: the backend, for the error.
+        gradients: found without a graph.
+        of: operands and upstream gradients.
+    """
+    if not torch.is_grad_enabled():
+        return list(gradients)
+    return list(_DifferentiatedOnce.apply(name, len(gradients), *gradients, *of))
+
+
+class _DifferentiatedOnce(torch.autograd.Function):
     """Passes gradients through and refuses to be differentiated itself."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, name: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(ctx: FunctionCtx, name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.name = name  # type: ignore[attr-defined]
-        return tuple(None if tensor is None else tensor.clone() for tensor in tensors[:_OPERANDS])
+        return tuple(None if tensor is None else tensor.clone() for tensor in tensors[:count])
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
-            f"This operator (similarity_reduce, or a loss over it) cannot be differentiated twice on the {ctx.name} backend: take gradients without "  # type: ignore[attr-defined]
-            'create_graph=True, or compute this loss under use_backend("reference")'
+            f"This operator, or a loss over it, cannot be differentiated twice on the {ctx.name} backend: take "  # type: ignore[attr-defined]
+            'gradients without create_graph=True, or compute it under use_backend("reference")'
         )
 
 

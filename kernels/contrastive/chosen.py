@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import DifferentiatedOnce
+from .autograd import differentiated_once
 from .compiled import OPERANDS, define, fake_gradients, returned
 from .operands import Operands
 from .plan import result_count
@@ -61,8 +61,7 @@ class _ChosenScores(torch.autograd.Function):
         operands, needed = Operands(*given), list(ctx.needs_input_grad[:_COUNT])
         with torch.no_grad(), torch.autocast(operands.x.device.type, enabled=False):
             gradients = _gradients(operands, indices, grad, dim, budget, needed)
-        if torch.is_grad_enabled():
-            gradients = DifferentiatedOnce.apply(backend, *gradients, *operands, grad)
+        gradients = differentiated_once(backend, gradients, [*operands, grad])
         return *gradients, None, None, None, None, None
 
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..backends import select_backend
 from .arguments import check_features, checked_budget
-from .autograd import DifferentiatedOnce
-from .operands import Operands
+from .autograd import differentiated_once
 from .reductions import Diagonal
 from .sums import cross_entropy_sum
 
@@ -20,7 +19,6 @@ from .sums import cross_entropy_sum
 _SAFE_SCORE = 50.0
 # Wider ones are multiplied width by width, in tiles that are cut to fit.
 _WIDEST = 8192
-_OPERANDS = len(Operands._fields)
 
 
 def nested_cross_entropy_sum(
@@ -140,7 +138,4 @@ class _NestedCrossEntropySum(torch.autograd.Function):
             dx, dy, dscale = torch.ops.pairtile.nested_cross_entropy_backward(x, y, *ctx.request, *state, float(grad))
         found: list[Tensor | None] = [dx, dy, None if scale is None else dscale.to(scale.dtype).reshape(scale.shape)]
         found = [each if wanted else None for each, wanted in zip(found, ctx.needs_input_grad, strict=False)]
-        if torch.is_grad_enabled():
-            padding = [None] * (_OPERANDS - len(found))
-            found = list(DifferentiatedOnce.apply("cpp", *found, *padding, x, y, grad))[: len(found)]
-        return *found, *[None] * 7
+        return *differentiated_once("cpp", found, [x, y, grad]), *[None] * 7

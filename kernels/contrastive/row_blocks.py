@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..backends import select_backend
 from .arguments import checked_budget
-from .autograd import DifferentiatedOnce
+from .autograd import differentiated_once
 
 #: formula(x, scale, rows): the terms [n] of the rows x [n, D] = X[rows]; scale is the number that was given, or [n].
 Formula = Callable[[Tensor, "float | Tensor", slice], Tensor]
@@ -85,7 +85,4 @@ class _RowTerms(torch.autograd.Function):
         with torch.no_grad():
             of_x = None if dx is None else (dx * grad.unsqueeze(1)).to(dx.dtype)
             of_scale = None if dscale is None else torch.dot(dscale, grad).to(scale.dtype).reshape(scale.shape)
-        found = [of_x, None, of_scale]
-        if torch.is_grad_enabled():
-            found = list(DifferentiatedOnce.apply("cpp", *found, None, None, None, x, scale, grad))[: len(found)]
-        return found[0], found[2], None, None
+        return *differentiated_once("cpp", [of_x, of_scale], [x, scale, grad]), None, None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import DifferentiatedOnce, Settings, Sweeps
+from .autograd import Settings, Sweeps, differentiated_once
 from .operands import Operands
 from .plan import Plan
 from .reductions import Diagonal
@@ -55,9 +55,7 @@ class _SigmoidSum(torch.autograd.Function):
                 None if each is None else (each.float() * grad).to(operand.dtype)
                 for each, operand in zip(gradients, operands, strict=True)
             ]
-        if torch.is_grad_enabled():
-            scaled = list(DifferentiatedOnce.apply("triton", *scaled, *operands, grad))
-        return *scaled, None, None, None
+        return *differentiated_once("triton", scaled, [*operands, grad]), None, None, None
 
 
 def sigmoid_sum(operands: Operands, positive: Diagonal, weight: float, settings: Settings) -> Tensor:

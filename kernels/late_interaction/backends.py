@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..contrastive.autograd import differentiated_once
 from ..contrastive.compiled import define
 from .blocks import SETS, _split
 from .formulas import decode_pooling, encode_pooling
@@ -107,12 +108,12 @@ class _Scores(torch.autograd.Function):
         return tuple(scores)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tokens_x, tokens_y, *kept = ctx.saved_tensors
         x, y = (sets.with_tokens(each) for sets, each in zip(ctx.sets, (tokens_x, tokens_y), strict=True))
-        with torch.autocast(tokens_x.device.type, enabled=False):
-            dx, dy = ctx.kernels.backward(x, y, ctx.request, kept, list(grads), ctx.needs_input_grad[:2])
+        with torch.autocast(tokens_x.device.type, enabled=False), torch.no_grad():
+            found = ctx.kernels.backward(x, y, ctx.request, kept, list(grads), ctx.needs_input_grad[:2])
+        dx, dy = differentiated_once(ctx.kernels.name, found, [tokens_x, tokens_y, *grads])
         return dx, dy, None, None, None, None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contrastive.autograd import differentiated_once
 from ..contrastive.compiled import define
 from .formulas import FORMULAS, Block
 from .token_sets import TokenSets
@@ -190,12 +191,12 @@ class _OverPairs(torch.autograd.Function):
         return tuple(_forward(x.with_tokens(tokens_x), y.with_tokens(tokens_y), request, shared))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tokens_x, tokens_y, *shared = ctx.saved_tensors
         x, y = (sets.with_tokens(each) for sets, each in zip(ctx.sets, (tokens_x, tokens_y), strict=True))
-        with torch.autocast(tokens_x.device.type, enabled=False):
-            dx, dy, *dshared = _backward(x, y, ctx.request, shared, grads)
+        with torch.autocast(tokens_x.device.type, enabled=False), torch.no_grad():
+            found = _backward(x, y, ctx.request, shared, grads)
+        dx, dy, *dshared = differentiated_once("torch", found, [tokens_x, tokens_y, *shared, *grads])
         return dx, dy, None, None, None, *dshared
 
 

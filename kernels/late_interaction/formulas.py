@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +27,7 @@ class Block:
     x_mask: Tensor
     y: Tensor
     y_mask: Tensor
+    _similarity: Tensor | None = None
 
     @property
     def x_empty(self) -> Tensor:
@@ -39,9 +39,14 @@ class Block:
         """bool [1 or n, m]."""
         return ~self.y_mask.any(2)
 
-    @functools.cached_property
+    @property
     def similarity(self) -> Tensor:
-        """[n, m, Lx, Ly]: the dot products of all tokens."""
+        """[n, m, Lx, Ly]: the dot products of all tokens, made once."""
+        if self._similarity is None:
+            self._similarity = self._product()
+        return self._similarity
+
+    def _product(self) -> Tensor:
         n, lx, width = self.x.shape
         a, m, ly, _ = self.y.shape
         if a == 1:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backends import select_backend
 from ..contrastive.arguments import checked_budget, checked_precision, described
+from ..contrastive.autograd import differentiated_once
 from ..contrastive.compiled import define
 from . import cpp_project, triton_project
 from .token_sets import TokenSets, check_mask, padded_sets
@@ -194,11 +195,12 @@ class _ProjectMax(torch.autograd.Function):
         return values, chosen
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         budget, backend = ctx.settings
-        found = _gradients((*ctx.saved_tensors, grad), budget, backend, ctx.needs_input_grad[:2])
-        return *found, None, None, None, None
+        hidden, weight, *saved = ctx.saved_tensors
+        with torch.no_grad():
+            found = _gradients((hidden, weight, *saved, grad), budget, backend, ctx.needs_input_grad[:2])
+        return *differentiated_once(backend, found, [hidden, weight, grad]), None, None, None, None
 
 
 def _gradients(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from contenders import BOUNDS, contenders, portable_product, relative_error
 from torch import Tensor
 
 from pairtile.kernels import (
@@ -26,7 +25,6 @@ from pairtile.kernels import (
     similarity_reduce,
     use_backend,
 )
-from pairtile.kernels.build import operators_obstacle
 from similarity_cases import (
     Case,
     cancelling_sizes,
@@ -42,31 +40,6 @@ CASES = 320
 TRITON_CASES = 200
 #: The same of the cases with every reduction.
 RICHER_CASES, RICHER_TRITON_CASES = 120, 60
-#: (floor, factor): an error may be as large as the floor, or the factor times the error of dense float32. Triton keeps
-#: scores in base 2, which is one more rounding, of a score, than dense float32 has.
-BOUNDS = {"torch": (2e-6, 2.0), "cpp": (2e-6, 2.0), "triton": (5e-6, 1.5)}
-# Below this norm a truth counts as zero, and its error is absolute.
-NEAR_ZERO = 1e-12
-
-
-@contextmanager
-def portable_product(portable: bool) -> Iterator[None]:
-    """Let cpp multiply its tiles with its own loops instead of ATen's brgemm."""
-    if not portable:
-        yield
-        return
-    before = torch.ops.pairtile.use_portable_product(True)
-    try:
-        yield
-    finally:
-        torch.ops.pairtile.use_portable_product(before)
-
-
-def contenders(interpreted: bool) -> list[tuple[str, bool]]:
-    """(backend, whether cpp's portable tile product is used)."""
-    built = [] if operators_obstacle() else [("cpp", False), ("cpp", True)]
-    triton = [("triton", False)] if interpreted and find_spec("triton") is not None else []
-    return [("torch", False), *built, *triton]
 
 
 # ---- dense PyTorch -------------------------------------------------------------------------------
@@ -92,15 +65,6 @@ def dense_16_bit_errors(case: Case, truth: dict[str, Tensor], sizes: dict[str, f
         "dscale": cosines if scale.dim() else cosines.sum(),
     }
     return {name: relative_error(value, truth[name], sizes.get(name, 0.0)) for name, value in found.items()}
-
-
-def relative_error(given: Tensor, truth: Tensor, size: float) -> float:
-    """Norm of the difference over the norm of the truth, or over `size` if that is larger; infinities must agree."""
-    given, truth = given.double(), truth.double()
-    if not torch.equal(given.isinf(), truth.isinf()) or given.isnan().any():
-        return float("inf")
-    given, truth = given.masked_fill(given.isinf(), 0), truth.masked_fill(truth.isinf(), 0)
-    return float((given - truth).norm()) / max(float(truth.norm()), size, NEAR_ZERO)
 
 
 @pytest.mark.parametrize("seed", range(CASES))

@@ -7,7 +7,8 @@ import triton.language as tl
 
 from ...contrastive.triton_kernels.elementwise import wide
 from ...contrastive.triton_kernels.tiles import tile_of
-from .sets import held_block, held_lanes, larger, largest, products, set_sums, streamed_lanes
+from .pairs import pair_of, partners_of
+from .sets import held_lanes, larger, largest, products, set_sums, streamed_lanes, whole_block
 
 #: Above every position.
 _BEYOND: tl.constexpr = tl.constexpr(2**31 - 1)
@@ -52,19 +53,19 @@ def max_sweep(
         i, j = tile_of(program, groups, batches, GROUP)
         first, begin = i * (BM // SPAN), j * SETS
     else:
-        first, begin = _candidates(program, candidates, PAIRS)
+        first, begin = pair_of(program, candidates, PAIRS)
     stop = begin + 1  # which the compiler understands: there is no loop then
     if SETS > 1:
         stop = tl.minimum(begin + SETS, streamed.sets)
     which = first + tl.arange(0, BM // SPAN)
     known = which < held.sets
     lanes = held_lanes(held, first, 0, SPAN, BM)
-    whole = _whole(held, lanes, d, WHOLE, EVEN, BM, BK)
+    whole = whole_block(held, lanes, d, WHOLE, EVEN, BM, BK)
     for s in range(begin, stop):
         end = tl.load(streamed.ends + s).to(tl.int32)
         partner, of_partner, pair = s, which, wide(which) * score_strides[0] + wide(s) * score_strides[1]
         if PAIRS > 0:
-            partner, of_partner = _partners(program, candidates, PAIRS)
+            partner, of_partner = partners_of(program, candidates, PAIRS)
             pair = wide(program) + tl.zeros((BM // SPAN,), tl.int32)
             of_partner += tl.zeros((BM // SPAN,), tl.int32)
         best, at, others = _blocks(
@@ -117,8 +118,8 @@ def max_long(
         i, s = tile_of(program, held.sets, streamed.sets, GROUP)
         partner, pair = s, wide(i) * score_strides[0] + wide(s) * score_strides[1]
     else:
-        i, s = _candidates(program, candidates, PAIRS)
-        partner, _ = _partners(program, candidates, PAIRS)
+        i, s = pair_of(program, candidates, PAIRS)
+        partner, _ = partners_of(program, candidates, PAIRS)
         pair = wide(program)
     start, end = tl.load(streamed.starts + s), tl.load(streamed.ends + s).to(tl.int32)
     # Where no position is stored, what lies behind the last token that counts need not be visited.
@@ -127,7 +128,7 @@ def max_long(
     for chunk in range(0, length, BM):
         lanes = held_lanes(held, i, chunk, BM, BM)
         best, at, _ = _blocks(
-            (_whole(held, lanes, d, WHOLE, EVEN, BM, BK), held, lanes, streamed, start, end, d),
+            (whole_block(held, lanes, d, WHOLE, EVEN, BM, BK), held, lanes, streamed, start, end, d),
             (None, None, None),
             True,
             held_chosen is not None,
@@ -145,32 +146,6 @@ def max_long(
         if held_chosen is not None:
             _store_chosen(held_chosen, held, lanes, at, partner)
     tl.store(held_scores + pair + tl.arange(0, 1), tl.where(end == 0, float("-inf"), total))
-
-
-@triton.jit
-def _candidates(program, candidates, PAIRS: tl.constexpr):
-    """The held and the streamed set of a program, one of which is candidate `program` of the other."""
-    if PAIRS == 1:
-        return program // candidates, program
-    else:
-        return program, program // candidates
-
-
-@triton.jit
-def _partners(program, candidates, PAIRS: tl.constexpr):
-    """Where a pair's positions lie among those of its held rows, and among those of its streamed rows."""
-    if PAIRS == 1:
-        return program % candidates, program * 0
-    else:
-        return program * 0, program % candidates
-
-
-@triton.jit
-def _whole(held, lanes, d, WHOLE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
-    if WHOLE:
-        return held_block(held, lanes, 0, d, BM, BK, EVEN)
-    else:
-        return None
 
 
 @triton.jit

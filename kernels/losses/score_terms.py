@@ -79,13 +79,17 @@ class ScoredPairs:
         """[n]: each row with its own column."""
         return scaled[:, self.start : self.start + scaled.shape[0]].diagonal()
 
+    def own_columns(self, scaled: Tensor) -> Tensor:
+        """bool [n, M]: the pairs."""
+        n, m = scaled.shape
+        own = torch.arange(self.start, self.start + n, device=scaled.device)
+        return torch.arange(m, device=scaled.device) == own[:, None]
+
     def others(self, scaled: Tensor) -> Tensor:
         """[n, M]: -inf for the pairs, and for whatever does not count."""
-        n, m = scaled.shape
-        at = torch.arange(m, device=scaled.device)
-        left_out = at == torch.arange(self.start, self.start + n, device=scaled.device)[:, None]
+        left_out = self.own_columns(scaled)
         if self.rows is not None and self.cols is not None:
-            left_out |= ~(self.rows[:, None] & self.cols)
+            left_out = left_out | ~(self.rows[:, None] & self.cols)
         return scaled.masked_fill(left_out, -torch.inf)
 
     def block(self, rows: slice) -> ScoredPairs:

@@ -85,6 +85,7 @@ def _colbert(**options: Any) -> Callable[[Batch, Tensor], Tensor]:
     negatives, weight = options.get("negatives"), options.get("in_batch_weight", 0.5)
     of_queries, of_documents = options.get("direction_weights", (1.0, 0.0))
     hardest = options.get("in_batch") == "hardest"
+    filtering = options.get("negative_filter", (1.0, 1.0))
 
     def terms(b: Batch, scale: Tensor) -> Tensor:
         scores = scale * scale_of * reference.token_scores(b.x, b.y, b.x_mask, b.y_mask, mean=mean)
@@ -97,7 +98,7 @@ def _colbert(**options: Any) -> Callable[[Batch, Tensor], Tensor]:
             found = reference.token_scores(b.x[one], given[0][present], b.x_mask[one], given[1][present], mean=mean)
             extra.append(scale * scale_of * found[0])
         inside = extra if negatives in ("own", "all") else None
-        found = reference.row_terms(scores, inside, hardest=hardest)
+        found = reference.row_terms(reference.filtered(scores, *filtering), inside, hardest=hardest)
         if negatives == "pairwise":
             found = weight * found + (1 - weight) * reference.pairwise(scores.diagonal(), extra)
         return of_queries * found + of_documents * reference.row_terms(scores.T, hardest=hardest)
@@ -155,6 +156,7 @@ LOSSES = {
     "colbert_own": _colbert_loss(negatives="own"),
     "colbert_all": _colbert_loss(negatives="all"),
     "colbert_hardest": _colbert_loss(in_batch="hardest", direction_weights=(0.5, 0.5)),
+    "colbert_filtered": _colbert_loss(negative_filter=(0.6, 0.5)),
     "colbert_pairwise": _colbert_loss(negatives="pairwise", in_batch_weight=0.3),
     "colbert_negatives_alone": _colbert_loss(negatives="pairwise", in_batch_weight=0.0),
     "distillation": _distillation(temperature=0.7),

@@ -28,8 +28,7 @@ Step = Callable[[Callable[[], Function], list[Tensor]], Call]
 
 #: Documents that `maxsim_topk` is asked for.
 BEST = 100
-#: Of FILIP and ColBERT: what their similarities are multiplied by.
-_FILIP_SCALE, _COLBERT_SCALE = 14.3, 1.0
+_FILIP_SCALE = 14.3
 
 
 def _unit(generator: torch.Generator, *shape: int) -> Tensor:
@@ -131,7 +130,7 @@ def dense_lexical(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _own_document(scores: Tensor) -> Tensor:
-    return F.cross_entropy(_COLBERT_SCALE * scores, torch.arange(len(scores)))
+    return F.cross_entropy(scores, torch.arange(len(scores)))
 
 
 def _saturated(largest: Tensor) -> Tensor:

@@ -172,9 +172,9 @@ def _summed(name: str, backend: str) -> Function:
     return lambda *leaves: similarity(*leaves).sum()
 
 
-def ours(function: Function | str, step: Step = forward_alone, *, needs: str = "maxsim") -> list[Contender]:
-    """By each backend of the CPU; the first that can run is the one that bars speak of."""
-    return [
+def ours(function: Function | str, step: Step = forward_alone, *, needs: str = "maxsim") -> Contender:
+    """By the first backend of the CPU that can run."""
+    made = [
         Contender(
             f"pairtile {backend}",
             partial(step, partial(_served, function, backend)),
@@ -183,12 +183,13 @@ def ours(function: Function | str, step: Step = forward_alone, *, needs: str = "
         )
         for backend in ("cpp", "torch")
     ]
+    return next((each for each in made if each.missing is None), made[0])
 
 
-def our_similarity(name: str) -> list[Contender]:
+def our_similarity(name: str) -> Contender:
     """A similarity of all pairs, forward and backward, by the backend that serves it."""
     prepare = partial(forward_and_backward, partial(_summed, name, "torch"))
-    return [Contender("pairtile torch", prepare, missing=missing_kernel(name), ours=True)]
+    return Contender("pairtile torch", prepare, missing=missing_kernel(name), ours=True)
 
 
 def plain(name: str, function: Function, step: Step, adapt: Callable[..., Call] | None = None) -> list[Contender]:

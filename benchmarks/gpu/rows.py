@@ -169,7 +169,7 @@ def maxsim(queries: int, query_tokens: int, documents: int, document_tokens: int
         "document_tokens": document_tokens,
     }
     return GpuCase(
-        name="maxsim bfloat16",
+        name="maxsim bfloat16, forward alone",
         inputs=late.maxsim_inputs,
         sizes=sizes | {"width": 128},
         work=token_work(queries * query_tokens, documents * document_tokens, 128, chosen=0, forward=True),

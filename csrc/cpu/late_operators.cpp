@@ -1,7 +1,9 @@
 // Late interaction as operators: kernels/late_interaction/backends.py documents what they compute and has their autograd.
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
 #include "maxsim.h"
@@ -43,6 +45,21 @@ std::vector<Tensor> max_scores(const Tensor& x, const Tensor& x_starts, const Te
   max_forward(task, results);
   scores.insert(scores.end(), kept.begin(), kept.end());
   return scores;
+}
+
+// A column of the projection is a set of one token: the maxima [samples, columns], and the choices.
+std::tuple<Tensor, Tensor> project_max(const Tensor& hidden, const Tensor& starts, const Tensor& lengths,
+                                       const OptionalTensor& keep, const Tensor& weight, int64_t budget) {
+  const auto longs = starts.options().dtype(at::kLong);
+  MaxTask task{make_token_sets(weight, at::arange(weight.size(0), longs), at::ones({weight.size(0)}, longs), {}, "weight"),
+               make_token_sets(hidden, starts, lengths, keep, "hidden"), {}, budget};
+  task.pairs = make_pairs(task.x, task.y, 0);
+  const Tensor values = at::empty({task.pairs.m, task.pairs.n}, hidden.options().dtype(at::kFloat));
+  MaxResults results;
+  results.rows = values.t();
+  results.row_choices = choices(hidden, task.pairs.m, task.pairs.n);
+  max_forward(task, results);
+  return {values, results.row_choices.squeeze(0)};
 }
 
 // Adds to the gradients that are given. A side has choices where it has an upstream gradient.
@@ -87,6 +104,9 @@ TORCH_LIBRARY_FRAGMENT(pairtile, m) {
       "max_scores(Tensor x, Tensor x_starts, Tensor x_lengths, Tensor? x_keep, Tensor y, Tensor y_starts, "
       "Tensor y_lengths, Tensor? y_keep, int candidates, bool rows, bool cols, int budget, bool keep) -> Tensor[]");
   m.def(
+      "project_max_forward(Tensor hidden, Tensor starts, Tensor lengths, Tensor? keep, Tensor weight, int budget) -> "
+      "(Tensor, Tensor)");
+  m.def(
       "max_scores_backward(Tensor x, Tensor x_starts, Tensor x_lengths, Tensor? x_keep, Tensor y, Tensor y_starts, "
       "Tensor y_lengths, Tensor? y_keep, int candidates, Tensor? rows, Tensor? row_choices, Tensor? cols, "
       "Tensor? col_choices, Tensor(a!)? dx, Tensor(b!)? dy) -> ()");
@@ -94,5 +114,6 @@ TORCH_LIBRARY_FRAGMENT(pairtile, m) {
 
 TORCH_LIBRARY_IMPL(pairtile, CPU, m) {
   m.impl("max_scores", &pairtile::max_scores);
+  m.impl("project_max_forward", &pairtile::project_max);
   m.impl("max_scores_backward", &pairtile::max_scores_backward);
 }

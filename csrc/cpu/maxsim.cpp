@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "max_stream.h"
 #include "tile.h"
 #include "token_panels.h"
 
@@ -125,12 +126,36 @@ class MaxForward {
     std::fill_n(scratch.values.data(), panel.columns, -kInfinity);
     std::fill_n(scratch.positions.data(), panel.columns, -1.0f);
     scratch.sums.assign(panel.last - panel.first, 0.0);
+    const bool scores_alone = row_choices_ == nullptr && col_scores_.data == nullptr;
+    const bool empty = Step<To>::kExists && scores_alone && panel.columns <= kStrip ? stream(panel, j, scratch)
+                                                                                   : sweep_tiles(panel, j, scratch);
+    finish(panel, j, empty, scratch);
+  }
+
+  // Of a panel of one strip, without tiles. Both return whether the set is empty.
+  bool stream(const Panel& panel, int64_t j, Scratch& scratch) const {
+    if constexpr (Step<To>::kExists) {
+      const bool* keep = y_.kept();
+      const int64_t end = y_.start(j) + y_.length(j);
+      bool empty = true;
+      for (Rows rows = rows_.run(y_.start(j), end); rows.count > 0; rows = rows_.run(rows.begin + rows.count, end)) {
+        const bool* counted = keep == nullptr ? nullptr : keep + rows.begin;
+        empty = empty && counted != nullptr && std::find(counted, counted + rows.count, true) == counted + rows.count;
+        stream_maxima(rows_(rows, scratch.copy), rows.count, rows_.depth(), counted, panels_.strip(panel, 0),
+                      panel.columns, scratch.values.data());
+      }
+      return empty;
+    }
+    return true;
+  }
+
+  bool sweep_tiles(const Panel& panel, int64_t j, Scratch& scratch) const {
     const int64_t start = y_.start(j), end = start + y_.length(j);
     bool empty = true;
     for (Chunk chunk = next_chunk(y_.kept(), start, end); chunk.rows > 0;
          chunk = next_chunk(y_.kept(), chunk.begin + chunk.rows, end)) {
       empty = false;
-      const To* rows = rows_(chunk, scratch.copy);
+      const To* rows = rows_({chunk.begin, chunk.rows}, scratch.copy);
       int64_t segment = panel.first;
       for (int64_t c = 0; c < panel.columns; c += kStrip) {
         const int64_t width = panels_.strip_width(panel, c);
@@ -143,7 +168,7 @@ class MaxForward {
         }
       }
     }
-    finish(panel, j, empty, scratch);
+    return empty;
   }
 
   void reserve(const Panel& panel, Scratch& scratch) const {

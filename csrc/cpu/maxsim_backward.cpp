@@ -115,12 +115,12 @@ class GatherGradient {
         scratch_(at::get_num_threads()) {}
 
   void run() {
-    // Together they should leave room in the second-level cache.
-    constexpr int64_t kBlockBytes = int64_t{256} << 10;
+    // Together they should stay in the second-level cache; each owned block reads all of the other side once.
+    constexpr int64_t kOwnedBytes = int64_t{512} << 10, kGivenBytes = int64_t{256} << 10;
     const int64_t width = owner_.width();
     const std::vector<Range> owners =
-        blocks_of(owner_, width * sizeof(float), kBlockBytes, 8 * at::get_num_threads());
-    givers_ = blocks_of(giver_, width * sizeof(T), kBlockBytes, 1);
+        blocks_of(owner_, width * sizeof(float), kOwnedBytes, 8 * at::get_num_threads());
+    givers_ = blocks_of(giver_, width * sizeof(T), kGivenBytes, 1);
     for_each_task(owners.size(), [&](int64_t task, int64_t worker) { add_block(owners[task], scratch_[worker]); });
   }
 

@@ -139,22 +139,32 @@ class TokenPanels {
   To* data_ = nullptr;
 };
 
-// Chunks of a batch's tokens as the operand A: as they lie in memory where their type and width allow it.
+struct Rows {
+  int64_t begin, count;
+};
+
+// Some of a batch's tokens as the operand A: as they lie in memory where their type and width allow it.
 template <typename From, typename To>
 class TokenRows {
  public:
   explicit TokenRows(const TokenSets& sets)
       : tokens_(sets.tokens.template const_data_ptr<From>()), width_(sets.width()), depth_(padded_depth<To>(width_)) {}
 
-  const To* operator()(const Chunk& chunk, Buffer<To>& copy) const {
-    const From* from = tokens_ + chunk.begin * width_;
+  // Rows from `begin` on that are read at once.
+  Rows run(int64_t begin, int64_t end) const {
+    constexpr int64_t kCopiedRows = 120;
+    return {begin, in_place() ? end - begin : std::min(end - begin, kCopiedRows)};
+  }
+
+  const To* operator()(Rows rows, Buffer<To>& copy) const {
+    const From* from = tokens_ + rows.begin * width_;
     if constexpr (std::is_same_v<From, To>) {
-      if (depth_ == width_) {
+      if (in_place()) {
         return from;
       }
     }
-    copy.reserve(kChunkRows * depth_);
-    for (int64_t r = 0; r < chunk.rows; ++r) {
+    copy.reserve(rows.count * depth_);
+    for (int64_t r = 0; r < rows.count; ++r) {
       copy_token(from + r * width_, width_, depth_, copy.data() + r * depth_);
     }
     return copy.data();
@@ -163,6 +173,8 @@ class TokenRows {
   int64_t depth() const { return depth_; }
 
  private:
+  bool in_place() const { return std::is_same_v<From, To> && depth_ == width_; }
+
   const From* tokens_;
   const int64_t width_, depth_;
 };

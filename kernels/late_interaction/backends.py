@@ -60,6 +60,20 @@ class Kernels(NamedTuple):
     ]
 
 
+class Projection(NamedTuple):
+    """A backend with `project_max` of its own.
+
+    Attributes:
+        forward: (hidden, weight, budget, precision) -> (maxima [B, V], positions of the chosen tokens in their sample
+            [B, V], int32, -1 where a sample has none).
+        backward: (hidden, weight, positions, upstream gradient [B, V], budget, which of hidden and weight are wanted) ->
+            gradients [B L, D] and [V, D] in their dtypes, None where not wanted.
+    """
+
+    forward: Callable[[TokenSets, Tensor, int, str], tuple[Tensor, Tensor]]
+    backward: Callable[[TokenSets, Tensor, Tensor, Tensor, int, tuple[bool, bool]], tuple[Tensor | None, Tensor | None]]
+
+
 #: Poolings that kernels serve; the others are served by the torch backend.
 SERVED = (MaxPooling, SoftmaxPooling, LogSumExpPooling)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +13,7 @@ from ..contrastive.arguments import checked_budget, checked_precision, described
 from ..contrastive.autograd import differentiated_once
 from ..contrastive.compiled import define
 from . import cpp_project, triton_project
+from .backends import Projection
 from .token_sets import TokenSets, check_mask, padded_sets
 
 
@@ -71,20 +71,6 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias is {described(bias)}: expected a floating point tensor [{weight.shape[0]}]")
     if weight.device != hidden.device:
         raise ValueError(f"hidden is on {hidden.device}, weight on {weight.device}: move one of them")
-
-
-class Projection(NamedTuple):
-    """A backend.
-
-    Attributes:
-        forward: (hidden, weight, budget, precision) -> (maxima [B, V], positions of the chosen tokens in their sample
-            [B, V], int32, -1 where a sample has none).
-        backward: (hidden, weight, positions, upstream gradient [B, V], budget, which of hidden and weight are wanted) ->
-            gradients [B L, D] and [V, D] in their dtypes, None where not wanted.
-    """
-
-    forward: Callable[[TokenSets, Tensor, int, str], tuple[Tensor, Tensor]]
-    backward: Callable[[TokenSets, Tensor, Tensor, Tensor, int, tuple[bool, bool]], tuple[Tensor | None, Tensor | None]]
 
 
 def _served(backend: str, hidden: Tensor, weight: Tensor, mask: Tensor | None, budget: int, precision: str) -> Tensor:

@@ -23,9 +23,8 @@ FLOAT32_AGREEMENT = 1e-4
 #: Factors of 11 bits, cut off by some and rounded by others: 14.3 * 2^-11 = 0.7% of a weight at most.
 TF32_AGREEMENT = 1e-2
 
-#: As above for the value. Of fifty maxima over tokens whose products are rounded to 8 bits one has a runner-up as large, and
-#: its gradient goes elsewhere: a fifth of the gradient's norm where everybody else multiplies into float32.
-CHOICE_AGREEMENT = 0.3
+#: Where products are rounded to 8 bits one maximum in a hundred goes to a runner-up, and with it a tenth of the gradient's norm.
+CHOICE_AGREEMENT = 0.2
 
 #: Float64 holds half a dozen batch x batch matrices: 3 GB here, 200 GB at 65,536. Larger rows have no error columns.
 LARGEST_EXACT_BATCH = 8192

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..contrastive.triton_kernels.configurations import Config, narrowed, offered
@@ -65,12 +67,7 @@ def max_config(
         block_n = min(block_n, 64)
     block_m = min(block_m, max(64, next_power(rows)))
     block_n = min(block_n, max(16, next_power(cols)))
-    if width <= whole_width(arch, dtype, precision):
-        block_k = max(16, next_power(width))
-        stages = 2
-    else:
-        block_k = narrowed(block_k, width)
-    return Config(block_m, block_n, block_k, warps, stages)
+    return _fitted(Config(block_m, block_n, block_k, warps, stages), arch, dtype, width, precision)
 
 
 def gather_tile(width: int, interpreted: bool) -> tuple[int, int, int]:
@@ -89,3 +86,27 @@ def _tile(arch: str, dtype: torch.dtype, precision: str) -> tuple[int, int, int,
     if dtype == torch.float32:
         return 64, 64, 32, 4, 2
     return 128, 128, 64 if arch.startswith("sm9") or arch == "sm100" else 32, 8, 3
+
+
+def soft_config(arch: str, dtype: torch.dtype, width: int, precision: str) -> Config:
+    """The configuration of `soft_sweep`."""
+    if not on_tensor_cores(dtype, precision):
+        return Config(64, 64, 16, 4, 2)
+    return _fitted(Config(64, 64, 32 if dtype == torch.float32 else 64, 4, 2), arch, dtype, width, precision)
+
+
+def soft_gradient_config(arch: str, dtype: torch.dtype, width: int, precision: str) -> tuple[Config, int]:
+    """The configuration of `soft_gradient`, and how many columns of the gradients a program owns."""
+    cols = min(128 if dtype != torch.float32 else 64, max(16, next_power(width)))
+    if not on_tensor_cores(dtype, precision):
+        # Each thread holds the weights of its rows: few columns at a time.
+        return Config(64, 16, 16, 4, 2), cols
+    block_n = 32 if dtype == torch.float32 else 64
+    return _fitted(Config(64, block_n, 32, 4, 2), arch, dtype, width, precision), cols
+
+
+def _fitted(config: Config, arch: str, dtype: torch.dtype, width: int, precision: str) -> Config:
+    """With D in one piece where that fits, else in chunks that it fills."""
+    if width <= whole_width(arch, dtype, precision):
+        return replace(config, block_k=max(16, next_power(width)), num_stages=2)
+    return replace(config, block_k=narrowed(config.block_k, width))

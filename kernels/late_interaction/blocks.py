@@ -261,7 +261,7 @@ def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     found = _traced_backward(*x, *ctx.rest[:2], *y, *ctx.rest[2:], shared, *ctx.request, list(grads))
     nothing = [None] * (_FLAT - 1)
     # torch takes a list without any number for one of tensors, whose gradients are a list.
-    of_request = [[] if each == [] else None for each in ctx.request]
+    of_request: list[Any] = [[] if each == [] else None for each in ctx.request]
     return found[0], *nothing, found[1], *nothing, list(found[2:]) or [], *of_request
 
 

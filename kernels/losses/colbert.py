@@ -15,7 +15,7 @@ from .base import check_scalar
 from .blockwise import blockwise_sum
 from .clip import checked_weights
 from .log_domain import softplus
-from .score_terms import ScoredPairs, Sets, TokenLoss, check_sets, col_terms, counted_pairs, row_terms
+from .score_terms import ScoredPairs, Sets, TokenLoss, check_sets, col_terms, counted_pairs, row_terms, times
 
 _MAX = MaxPooling()
 _IN_BATCH = ("cross_entropy", "hardest")
@@ -41,8 +41,8 @@ class ColbertLoss(TokenLoss):
     loss is that of the batch without it and its negatives, and `dropped_pairs` counts such pairs. If all are dropped the
     mean is NaN. Negatives without a token are left out.
 
-    These are the losses of other packages (which mask no query tokens, and of colpali-engine the zero vectors):
-    PyLate's `Contrastive` is negatives="all". colpali-engine's have normalize_scores=True and temperatures of their own, 0.02
+    Other packages' losses are settings of this one, but for padding, which colpali-engine leaves in the maximum as zero
+    vectors. PyLate's `Contrastive` is negatives="all". colpali-engine's have normalize_scores=True and temperatures of their own, 0.02
     or 1: its `ColbertLoss` is ours, `ColbertPairwiseCELoss` in_batch="hardest", and `ColbertNegativeCELoss` and
     `ColbertPairwiseNegativeCELoss` are these two with negatives="pairwise", in_batch_weight=0.5. Its smooth maximum is
     `pooling=LogSumExpPooling(tau)`. Its `ColbertSigmoidLoss` is `over_scores` of `SigLipLoss`, divided by the batch size.
@@ -91,6 +91,8 @@ class ColbertLoss(TokenLoss):
         if not 0 <= in_batch_weight <= 1:
             raise ValueError(f"in_batch_weight={in_batch_weight!r}: expected a number from 0 to 1")
         check_pooling(pooling)
+        if negative_filter is not None and (not isinstance(negative_filter, tuple) or len(negative_filter) != 2):
+            raise ValueError(f"negative_filter={negative_filter!r}: expected (threshold, factor) or None")
         self.temperature = float(temperature)
         self.normalize_scores = normalize_scores
         self.hardest = in_batch == "hardest"
@@ -171,7 +173,8 @@ class ColbertLoss(TokenLoss):
         if pairwise and not self.in_batch_weight and not of_documents:
             own = documents.rows(pairs.start, pairs.start + len(queries.tokens))
             scores = self._scores(queries, Sets(own.tokens[:, None], None if own.mask is None else own.mask[:, None]))
-            return of_queries * pairs.only_counted(_pairwise(extra, pairs.only_counted(scores[:, 0]) * scale))
+            own_scores = times(pairs.only_counted(scores[:, 0]), scale)
+            return of_queries * pairs.only_counted(_pairwise(extra, own_scores))
         scaled = pairs.scaled(self._scores(queries, documents), scale)
         of_rows = scaled if self.negative_filter is None else _filtered(scaled, pairs, *self.negative_filter)
         terms = row_terms(of_rows, pairs, None if pairwise else extra, hardest=self.hardest)
@@ -217,11 +220,9 @@ class ColbertLoss(TokenLoss):
 def _scaled(scores: Tensor, documents: Sets, scale: float | Tensor) -> Tensor:
     """scale * scores [n, K], -inf for documents without a token, which give no gradient to the scale either."""
     present = documents.present()
-    if isinstance(scale, Tensor):
-        scale = scale.reshape(()).to(scores.dtype)
     if present is None:
-        return scores * scale
-    return (scores.masked_fill(~present, 0) * scale).masked_fill(~present, -torch.inf)
+        return times(scores, scale)
+    return times(scores.masked_fill(~present, 0), scale).masked_fill(~present, -torch.inf)
 
 
 def _filtered(scaled: Tensor, pairs: ScoredPairs, threshold: float, factor: float) -> Tensor:

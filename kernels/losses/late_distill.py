@@ -14,7 +14,7 @@ from ..distributed import gather_counts, gather_ids
 from ..late_interaction import MaxPooling, Pooling, maxsim
 from ..late_interaction.pooling import check_pooling
 from .base import check_scalar
-from .score_terms import ScoredPairs, Sets, TokenLoss, check_sets
+from .score_terms import ScoredPairs, Sets, TokenLoss, check_sets, times
 
 _FORMS = ("kl", "margin_mse")
 _MAX = MaxPooling()
@@ -107,9 +107,8 @@ class LateDistillationLoss(TokenLoss):
         there, counts = self._there(queries, candidates, teacher)
         left_out = ~(there & counts[:, None])
         scores, teacher = (each.masked_fill(left_out, 0) for each in (scores, teacher))
-        scores = scores * (logit_scale.reshape(()).to(scores.dtype) if isinstance(logit_scale, Tensor) else logit_scale)
         # Queries that are dropped compare zeros, whose gradient is never asked for.
-        terms = self._terms(scores, teacher, there | ~counts[:, None])
+        terms = self._terms(times(scores, logit_scale), teacher, there | ~counts[:, None])
         loss = self._reduced(terms.masked_fill(~counts, 0), self._pairs(counts))
         return {"distill_loss": loss} if output_dict else loss
 

@@ -49,6 +49,11 @@ class Sets(NamedTuple):
         return shards, Sets(tokens, mask)
 
 
+def times(scores: Tensor, scale: float | Tensor) -> Tensor:
+    """scale * scores in the dtype of the scores."""
+    return scores * (scale.reshape(()).to(scores.dtype) if isinstance(scale, Tensor) else scale)
+
+
 @dataclass(frozen=True, eq=False)
 class ScoredPairs:
     """Which scores of a matrix [n, M] are pairs, and which count. Row i's own column is start + i.
@@ -73,7 +78,7 @@ class ScoredPairs:
         """scale * scores [n, M]; 0 where a row or column does not count, so that no -inf meets a gradient of 0."""
         if self.rows is not None and self.cols is not None:
             scores = scores.masked_fill(~(self.rows[:, None] & self.cols), 0)
-        return scores * (scale.reshape(()).to(scores.dtype) if isinstance(scale, Tensor) else scale)
+        return times(scores, scale)
 
     def own(self, scaled: Tensor) -> Tensor:
         """[n]: each row with its own column."""

@@ -38,7 +38,7 @@ class SoftForward {
   }
 
  private:
-  // Of a panel's columns: the largest similarity, and the sums of exp(u - largest u) and of that times the similarity.
+  // Of a panel's columns: the largest similarity m, and the sums of e = exp((s - m) / temperature) and of e (s - m).
   struct Scratch {
     Buffer<To> copy;
     Buffer<float> tile, largest, sum, weighted;
@@ -79,13 +79,16 @@ class SoftForward {
       for (int r = 0; r < chunk.counted; ++r) {
         most = at::vec::maximum(most, Vec::loadu(column + chunk.row[r] * width));
       }
-      const Vec kept = ((before - most) * scale).exp();
-      Vec sum = Vec::loadu(sums + v * kLanes) * kept, mean = Vec::loadu(weighted + v * kLanes) * kept;
+      // Finite, for the first chunk's sake: it multiplies an empty sum.
+      const Vec raised = at::vec::maximum(before - most, Vec(std::numeric_limits<float>::lowest()));
+      const Vec kept = (raised * scale).exp();
+      Vec sum = Vec::loadu(sums + v * kLanes), mean = at::vec::fmadd(sum, raised, Vec::loadu(weighted + v * kLanes)) * kept;
+      sum = sum * kept;
       for (int r = 0; r < chunk.counted; ++r) {
         const Vec s = Vec::loadu(column + chunk.row[r] * width);
-        const Vec e = ((s - most) * scale).exp();
+        const Vec below = s - most, e = (below * scale).exp();
         sum = sum + e;
-        mean = at::vec::fmadd(e, s, mean);
+        mean = at::vec::fmadd(e, below, mean);
       }
       most.store(largest + v * kLanes);
       sum.store(sums + v * kLanes);
@@ -101,7 +104,7 @@ class SoftForward {
       const int64_t block = side_.own_block(segment.set, other);
       for (int64_t c = segment.begin; c < segment.begin + segment.count && !empty; ++c) {
         const float lse = scratch.largest.data()[c] + temperature_ * std::log(scratch.sum.data()[c]);
-        const float mean = scratch.weighted.data()[c] / scratch.sum.data()[c];
+        const float mean = scratch.largest.data()[c] + scratch.weighted.data()[c] / scratch.sum.data()[c];
         total += softmax_ ? mean : lse;
         if (kept_ != nullptr) {
           float* to = kept_ + block * own_.rows() + tokens[c];

@@ -72,11 +72,11 @@ def _add_gradients(
     given = iter(zip(grads, kept, strict=True))
     for asked in (request.rows, request.cols):
         upstream += next(given) if asked else (None, None)
-    asked = (*_arrays(x), *_arrays(y), request.candidates, *upstream, *sums)
+    known = (*_arrays(x), *_arrays(y), request.candidates, *upstream, *sums)
     if isinstance(request.pooling, MaxPooling):
-        torch.ops.pairtile.max_scores_backward(*asked)
+        torch.ops.pairtile.max_scores_backward(*known)
     else:
-        torch.ops.pairtile.soft_scores_backward(*asked, request.budget, *_soft(request))
+        torch.ops.pairtile.soft_scores_backward(*known, request.budget, *_soft(request))
 
 
 def _blocks(x: TokenSets, y: TokenSets, request: Request) -> Iterator[tuple[slice, slice]]:

@@ -64,7 +64,8 @@ def max_config(
         raise ValueError(f"precision={precision!r}: on {arch} expected one of {', '.join(offered(arch))}")
     block_m, block_n, block_k, warps, stages = _tile(arch, dtype, precision)
     if positions or streamed:
-        block_n = min(block_n, 64)
+        # Blackwell's threads hold a row each, and with it what belongs to the row.
+        block_n = min(block_n, 32 if arch == "sm100" else 64)
         warps = 8
     block_m = min(block_m, max(64, next_power(rows)))
     block_n = min(block_n, max(16, next_power(cols)))
@@ -94,7 +95,8 @@ def soft_config(arch: str, dtype: torch.dtype, width: int, precision: str) -> Co
     """The configuration of `soft_sweep`."""
     if not on_tensor_cores(dtype, precision):
         return Config(64, 32, 16, 4, 2)
-    return _fitted(_soft_tile(arch, dtype, precision, 64), arch, dtype, width, precision)
+    config = _soft_tile(arch, dtype, precision, 64)
+    return _fitted(config, arch, dtype, width, precision) if arch != "sm80" and width <= 128 else config
 
 
 def soft_gradient_config(arch: str, dtype: torch.dtype, width: int, precision: str) -> tuple[Config, int]:
@@ -104,17 +106,16 @@ def soft_gradient_config(arch: str, dtype: torch.dtype, width: int, precision: s
         # Each thread holds the weights of its rows: few columns at a time.
         return Config(32, 16, 16, 4, 2), cols
     config = _soft_tile(arch, dtype, precision, 32)
-    # Wider rows would leave the gradients no registers.
+    # Wider rows in one piece would leave the gradients no registers.
     return (_fitted(config, arch, dtype, width, precision) if width <= 128 else config), cols
 
 
 def _soft_tile(arch: str, dtype: torch.dtype, precision: str, block_k: int) -> Config:
     # The old instructions read their operands from registers: more threads have more of them.
-    warps = 8 if arch == "sm80" else 4
+    old = arch == "sm80"
     if dtype == torch.float32:
-        halves = arch == "sm80" and precision == "tf32x3"
-        return Config(64, 32, 16 if halves else 32, warps, 2)
-    return Config(64, 64, block_k, warps, 2)
+        return Config(64, 32, 16 if old and precision == "tf32x3" else 32, 8 if old or arch == "sm100" else 4, 2)
+    return Config(64, 32 if old or arch == "sm100" else 64, block_k, 8 if old else 4, 2)
 
 
 def _fitted(config: Config, arch: str, dtype: torch.dtype, width: int, precision: str) -> Config:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..contrastive.triton_kernels import launching
 from .backends import Request, kept_bytes
 from .token_sets import TokenSets
 from .triton_sweeps import unfilled
@@ -36,7 +37,7 @@ def in_panels(
     panels = list(_panels(x, y, request))
     for panel, columns in panels:
         part = [each[:, columns] for each in grads]
-        scores = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in part]
+        scores = [launching.empty(*each.shape, dtype=torch.float32, device=each.device) for each in part]
         kept = unfilled(x, panel, request)
         launches(x, panel, scores, kept, request)
         dtype = x.tokens.dtype if len(panels) == 1 else torch.float32

@@ -88,24 +88,23 @@ def _gradient(
     to_x: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    arch, (rows, width) = launching.architecture(to.tokens.device), to.tokens.shape
-    out = launching.empty(rows, width, dtype=dtype, device=to.tokens.device)
+    arch, width = launching.architecture(to.tokens.device), filled_width(to.tokens.shape[1])
+    out = launching.empty(to.tokens.shape[0], width, dtype=dtype, device=to.tokens.device)
     if not out.numel():
         return out
-    config, cols = soft_gradient_config(arch, to.tokens.dtype, filled_width(width), request.precision)
+    config, cols = soft_gradient_config(arch, to.tokens.dtype, width, request.precision)
     chunks = cdiv(to.longest, config.block_m)
     arguments = _shared(to, source, request, config.block_k, to_x) | {
         "out": out,
         "of_held": _pooled(own, request.candidates, to_x),
         "of_streamed": _pooled(other, request.candidates, to_x),
         "chunks": chunks,
-        "width": width,
         "unit": unit,
         "rate": 1 / _temperature(request),
         "COLS": cols,
     }
     launching.run(soft_gradient, (chunks * to.count * cdiv(width, cols),), config, arguments)
-    return out
+    return out[:, : to.tokens.shape[1]].contiguous()
 
 
 def _shared(held: TokenSets, streamed: TokenSets, request: Request, block_k: int, held_is_x: bool) -> dict[str, Any]:

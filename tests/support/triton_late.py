@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pairtile.kernels import LogSumExpPooling, MaxPooling, Pooling, SoftmaxPooling, project_max
+from pairtile.kernels import LogSumExpPooling, MaxPooling, SoftmaxPooling, project_max
+from pairtile.kernels.late_interaction.pooling import Pooling
 from pairtile.kernels.late_interaction.scores import token_scores
 from pairtile.kernels.late_interaction.token_sets import TokenSets, packed_sets, padded_sets
 
@@ -93,7 +94,7 @@ LATE_CALLS: dict[str, Callable[[], list[Tensor]]] = {
     "cols, x held": _call(partial(sides, 3, 4, 2, LONG, 8), _MAX, rows=False, cols=True),
     "candidates": _call(partial(sides, 3, 5, 6, 9, 20), _MAX, candidates=2, **_BOTH),
     "candidates, y held": _call(partial(sides, 2, 9, 4, 3, 20), _MAX, candidates=2, **_BOTH),
-    "candidates, long": _call(partial(sides, 2, LONG, 4, 3, 8), _MAX, candidates=2),
+    "candidates, long": _call(partial(sides, 2, LONG, 4, LONG, 8), _MAX, candidates=2),
     "packed": _call(lambda: (packed(4, 6, 8, 7), packed(3, 9, 8, 8)), _MAX, **_BOTH),
     "nothing kept": _call(partial(sides, 3, 5, 4, 9, 20), _MAX, memory_budget=200, **_BOTH),
     "packed, nothing kept": _call(lambda: (packed(4, 6, 8, 7), packed(3, 9, 8, 8)), _MAX, memory_budget=200),

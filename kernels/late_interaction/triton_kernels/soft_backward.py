@@ -36,7 +36,6 @@ def soft_gradient(
     candidates,
     chunks,
     d,
-    width,
     unit,
     sharpness,
     rate,
@@ -56,7 +55,7 @@ def soft_gradient(
     at a time. In registers: a tile of S, of its weights, and the gradients.
 
     The weight of a pair is g softmax, of a pooled mean g softmax (1 + (S - pooled) / temperature), `rate` = 1 / temperature;
-    for each direction that is asked for. D is `width`, filled up with zeros to `d`. The weight is rounded to the tokens' dtype before it multiplies. Upstream gradients are
+    for each direction that is asked for. It is rounded to the tokens' dtype before it multiplies. Upstream gradients are
     given in `unit` [], if that is given.
     """
     program = tl.program_id(0)
@@ -108,9 +107,9 @@ def soft_gradient(
     if unit is not None:
         total *= tl.load(unit)
     cols = col + tl.arange(0, COLS)
-    at = out + wide(rows)[:, None] * width + cols[None, :]
+    at = out + wide(rows)[:, None] * d + cols[None, :]
     total = tl.where(counts[:, None], total, 0.0)
-    tl.store(at, rounded(total, out.dtype.element_ty, INTERPRETED), mask=inside[:, None] & (cols < width)[None, :])
+    tl.store(at, rounded(total, out.dtype.element_ty, INTERPRETED), mask=inside[:, None] & (cols < d)[None, :])
 
 
 @triton.jit

@@ -75,17 +75,13 @@ class MaxForward {
   void run(int64_t budget) {
     for (int64_t set = 0; set < pairs_.n;) {
       set = panels_.template pack<From>(set, budget / 2);
-      sweep();
+      for_each_meeting(panels_, {pairs_, true}, y_, sizeof(From), [&](const Panel& panel, int64_t j, int64_t worker) {
+        score(panel, j, scratch_[worker]);
+      });
     }
   }
 
  private:
-  struct Scores {
-    float* data = nullptr;
-    int64_t row = 0, column = 0;  // strides
-    float& at(int64_t i, int64_t j) const { return data[i * row + j * column]; }
-  };
-
   // The maxima of a panel's columns over a set of y; and, of a chunk's rows, those over a set of x lane by lane.
   struct Scratch {
     Buffer<To> copy;
@@ -93,32 +89,8 @@ class MaxForward {
     std::vector<double> sums;  // over the rows of y, of each segment
   };
 
-  static Scores scores_of(at::Tensor& tensor) {
-    return tensor.defined() ? Scores{tensor.mutable_data_ptr<float>(), tensor.stride(0), tensor.stride(1)} : Scores{};
-  }
   static int32_t* choices_of(at::Tensor& tensor) {
     return tensor.defined() ? tensor.mutable_data_ptr<int32_t>() : nullptr;
-  }
-
-  void sweep() {
-    const int64_t columns = pairs_.columns(), panels = panels_.panels().size();
-    if (columns == 0 || panels == 0) {
-      return;
-    }
-    // A block of y should stay in cache from panel to panel, and there should be enough tasks for all threads.
-    constexpr int64_t kBlockBytes = int64_t{512} << 10;
-    const int64_t set_bytes = y_.usual_length() * std::max<int64_t>(rows_.depth(), 1) * sizeof(From);
-    const int64_t enough = panels * columns / (8 * at::get_num_threads());
-    const int64_t block = std::clamp<int64_t>(std::min(kBlockBytes / set_bytes, enough), 1, columns);
-    const int64_t blocks = (columns + block - 1) / block;
-    for_each_task(blocks * panels, [&](int64_t task, int64_t worker) {
-      const Panel& panel = panels_.panels()[task % panels];
-      const Range partners = pairs_.of_x(panels_.segment(panel.first).set);
-      const int64_t begin = partners.begin + task / panels * block;
-      for (int64_t j = begin; j < std::min(begin + block, partners.end); ++j) {
-        score(panel, j, scratch_[worker]);
-      }
-    });
   }
 
   void score(const Panel& panel, int64_t j, Scratch& scratch) {
@@ -126,7 +98,7 @@ class MaxForward {
     std::fill_n(scratch.values.data(), panel.columns, -kInfinity);
     std::fill_n(scratch.positions.data(), panel.columns, -1.0f);
     scratch.sums.assign(panel.last - panel.first, 0.0);
-    const bool scores_alone = row_choices_ == nullptr && col_scores_.data == nullptr;
+    const bool scores_alone = row_choices_ == nullptr && !col_scores_;
     const bool empty = Step<To>::kExists && scores_alone && panel.columns <= kStrip ? stream(panel, j, scratch)
                                                                                    : sweep_tiles(panel, j, scratch);
     finish(panel, j, empty, scratch);
@@ -159,11 +131,11 @@ class MaxForward {
       int64_t segment = panel.first;
       for (int64_t c = 0; c < panel.columns; c += kStrip) {
         const int64_t width = panels_.strip_width(panel, c);
-        multiply(rows, chunk.rows, rows_.depth(), panels_.strip(panel, c), width, scratch.tile.data());
-        if (row_scores_.data != nullptr) {
+        multiply(rows, chunk.rows, rows_.depth(), panels_.strip(panel, c), width, scratch.tile.data(), width);
+        if (row_scores_) {
           search_rows(chunk, chunk.begin - start, c, width, scratch);
         }
-        if (col_scores_.data != nullptr) {
+        if (col_scores_) {
           segment = search_columns(panel, segment, chunk, c, width, scratch);
         }
       }
@@ -263,14 +235,14 @@ class MaxForward {
     for (int64_t s = panel.first; s < panel.last; ++s) {
       const Segment& segment = panels_.segment(s);
       const int64_t i = segment.set, column = pairs_.column(i, j), last = segment.begin + segment.count;
-      if (row_scores_.data != nullptr) {
+      if (row_scores_) {
         double sum = empty ? -kInfinity : 0.0;
         for (int64_t c = segment.begin; c < last && !empty; ++c) {
           sum += values[c];
         }
         row_scores_.at(i, column) = static_cast<float>(sum);
       }
-      if (col_scores_.data != nullptr) {
+      if (col_scores_) {
         col_scores_.at(i, column) = segment.count == 0 ? -kInfinity : static_cast<float>(scratch.sums[s - panel.first]);
       }
       if (row_choices_ != nullptr && !empty) {
@@ -286,7 +258,7 @@ class MaxForward {
   const Pairs pairs_;
   TokenPanels<To> panels_;
   const TokenRows<From, To> rows_;
-  const Scores row_scores_, col_scores_;
+  const ScoreMatrix<float> row_scores_, col_scores_;
   int32_t *const row_choices_, *const col_choices_;
   std::vector<Scratch> scratch_;
 };

@@ -65,51 +65,22 @@ void gather(float* to, const T* rows, int64_t width, const Entry* begin, const E
   }
 }
 
-struct Upstream {
-  const float* data = nullptr;
-  int64_t row = 0, column = 0;  // strides
-  float at(int64_t i, int64_t j) const { return data[i * row + j * column]; }
-};
-
-Upstream upstream_of(const at::Tensor& grad) {
-  return grad.defined() ? Upstream{grad.const_data_ptr<float>(), grad.stride(0), grad.stride(1)} : Upstream{};
-}
-
 const int32_t* choices_of(const at::Tensor& choices) {
   return choices.defined() ? choices.const_data_ptr<int32_t>() : nullptr;
 }
 
-// Blocks of successive sets whose rows take so many bytes, and at least `parts` of them.
-std::vector<Range> blocks_of(const TokenSets& sets, int64_t bytes_of_row, int64_t bytes, int64_t parts) {
-  const int64_t most = std::max<int64_t>(1, bytes / std::max<int64_t>(1, bytes_of_row));
-  const int64_t few = std::max<int64_t>(1, sets.count() / std::max<int64_t>(1, parts));
-  std::vector<Range> blocks;
-  int64_t rows = 0;
-  for (int64_t set = 0; set < sets.count(); ++set) {
-    if (blocks.empty() || rows + sets.length(set) > most || blocks.back().size() >= few) {
-      blocks.push_back({set, set});
-      rows = 0;
-    }
-    rows += sets.length(set);
-    blocks.back().end = set + 1;
-  }
-  return blocks;
-}
-
-// One side's gradient. `by_x`: it is x's; then x owns, and y gives.
-template <typename T, bool by_x>
+// One side's gradient, to which tokens of the other side, the giver, contribute.
+template <typename T>
 class GatherGradient {
  public:
-  GatherGradient(const MaxTask& task, const MaxGradients& given, at::Tensor& gradient)
-      : pairs_(task.pairs),
+  GatherGradient(const MaxTask& task, const MaxGradients& given, bool by_x, at::Tensor& gradient)
+      : side_{task.pairs, by_x},
         owner_(by_x ? task.x : task.y),
         giver_(by_x ? task.y : task.x),
-        of_rows_(upstream_of(given.rows)),
-        of_cols_(upstream_of(given.cols)),
-        row_choices_(choices_of(given.row_choices)),
-        col_choices_(choices_of(given.col_choices)),
-        x_rows_(task.x.rows()),
-        y_rows_(task.y.rows()),
+        own_(upstream_of(by_x ? given.rows : given.cols)),
+        others_(upstream_of(by_x ? given.cols : given.rows)),
+        own_choices_(choices_of(by_x ? given.row_choices : given.col_choices)),
+        other_choices_(choices_of(by_x ? given.col_choices : given.row_choices)),
         tokens_(giver_.tokens.const_data_ptr<T>()),
         gradient_(gradient.mutable_data_ptr<float>()),
         scratch_(at::get_num_threads()) {}
@@ -117,10 +88,10 @@ class GatherGradient {
   void run() {
     // Together they should stay in the second-level cache; each owned block reads all of the other side once.
     constexpr int64_t kOwnedBytes = int64_t{512} << 10, kGivenBytes = int64_t{256} << 10;
-    const int64_t width = owner_.width();
+    const int64_t width = std::max<int64_t>(1, owner_.width());
     const std::vector<Range> owners =
-        blocks_of(owner_, width * sizeof(float), kOwnedBytes, 8 * at::get_num_threads());
-    givers_ = blocks_of(giver_, width * sizeof(T), kGivenBytes, 1);
+        blocks_of(owner_, kOwnedBytes / (width * sizeof(float)), 8 * at::get_num_threads());
+    givers_ = blocks_of(giver_, kGivenBytes / (width * sizeof(T)), 1);
     for_each_task(owners.size(), [&](int64_t task, int64_t worker) { add_block(owners[task], scratch_[worker]); });
   }
 
@@ -131,14 +102,12 @@ class GatherGradient {
     std::vector<Entry> entries;
   };
 
-  Range partners(int64_t set) const { return by_x ? pairs_.of_x(set) : pairs_.of_y(set); }
-
   void add_block(Range owned, Scratch& scratch) const {
     scratch.first.assign(1, 0);
     for (int64_t set = owned.begin; set < owned.end; ++set) {
       scratch.first.push_back(scratch.first.back() + owner_.length(set));
     }
-    const Range all{partners(owned.begin).begin, partners(owned.end - 1).end};
+    const Range all{side_.partners(owned.begin).begin, side_.partners(owned.end - 1).end};
     for (const Range& givers : givers_) {
       const Range met{std::max(givers.begin, all.begin), std::min(givers.end, all.end)};
       if (met.size() > 0) {
@@ -184,35 +153,35 @@ class GatherGradient {
     const int64_t base = giver_.start(met.begin);
     for (int64_t set = owned.begin; set < owned.end; ++set) {
       const int64_t token = scratch.first[set - owned.begin];
-      const Range range = partners(set);
+      const Range range = side_.partners(set);
       for (int64_t other = std::max(met.begin, range.begin); other < std::min(met.end, range.end); ++other) {
-        const int64_t i = by_x ? set : other, j = by_x ? other : set, column = pairs_.column(i, j);
-        const float of_row = of_rows_.data == nullptr ? 0.0f : of_rows_.at(i, column);
-        const float of_col = of_cols_.data == nullptr ? 0.0f : of_cols_.at(i, column);
-        const int32_t* row_choices = row_choices_ + pairs_.row_block(i, j) * x_rows_;
-        const int32_t* col_choices = col_choices_ + pairs_.col_block(i) * y_rows_;
-        const float own = by_x ? of_row : of_col, others = by_x ? of_col : of_row;
-        const int32_t* chosen = (by_x ? row_choices : col_choices) + owner_.start(set);
-        for (int64_t k = 0; k < owner_.length(set) && own != 0; ++k) {
-          if (chosen[k] >= 0) {
-            body(token + k, giver_.start(other) + chosen[k] - base, own);
+        const int64_t row = side_.row(set, other), column = side_.column(set, other);
+        const float own = own_ ? own_.at(row, column) : 0.0f, others = others_ ? others_.at(row, column) : 0.0f;
+        const int64_t first = giver_.start(other);
+        if (own != 0) {
+          const int32_t* chosen = own_choices_ + side_.own_block(set, other) * owner_.rows() + owner_.start(set);
+          for (int64_t k = 0; k < owner_.length(set); ++k) {
+            if (chosen[k] >= 0) {
+              body(token + k, first + chosen[k] - base, own);
+            }
           }
         }
-        chosen = (by_x ? col_choices : row_choices) + giver_.start(other);
-        for (int64_t k = 0; k < giver_.length(other) && others != 0; ++k) {
-          if (chosen[k] >= 0) {
-            body(token + chosen[k], giver_.start(other) + k - base, others);
+        if (others != 0) {
+          const int32_t* chosen = other_choices_ + side_.other_block(set, other) * giver_.rows() + first;
+          for (int64_t k = 0; k < giver_.length(other); ++k) {
+            if (chosen[k] >= 0) {
+              body(token + chosen[k], first + k - base, others);
+            }
           }
         }
       }
     }
   }
 
-  const Pairs pairs_;
+  const Side side_;
   const TokenSets &owner_, &giver_;
-  const Upstream of_rows_, of_cols_;
-  const int32_t *const row_choices_, *const col_choices_;
-  const int64_t x_rows_, y_rows_;
+  const ScoreMatrix<const float> own_, others_;
+  const int32_t *const own_choices_, *const other_choices_;
   const T* const tokens_;
   float* const gradient_;
   std::vector<Range> givers_;
@@ -223,10 +192,10 @@ template <typename T>
 void add_gradients(const MaxTask& task, const MaxGradients& gradients) {
   at::Tensor x = gradients.x, y = gradients.y;
   if (x.defined()) {
-    GatherGradient<T, true>(task, gradients, x).run();
+    GatherGradient<T>(task, gradients, true, x).run();
   }
   if (y.defined()) {
-    GatherGradient<T, false>(task, gradients, y).run();
+    GatherGradient<T>(task, gradients, false, y).run();
   }
 }
 

@@ -139,6 +139,29 @@ class TokenPanels {
   To* data_ = nullptr;
 };
 
+// Calls body(panel, set of the other side, worker) for all sets that meet. A task is a panel and a block of sets.
+template <typename To, typename Body>
+void for_each_meeting(const TokenPanels<To>& panels, const Side& side, const TokenSets& others, int64_t itemsize,
+                      const Body& body) {
+  const int64_t partners = side.partners(), count = panels.panels().size();
+  if (partners == 0 || count == 0) {
+    return;
+  }
+  // A block of sets should stay in cache from panel to panel, and there should be enough tasks for all threads.
+  constexpr int64_t kBlockBytes = int64_t{512} << 10;
+  const int64_t set_bytes = others.usual_length() * std::max<int64_t>(others.width(), 1) * itemsize;
+  const int64_t enough = count * partners / (8 * at::get_num_threads());
+  const int64_t block = std::clamp<int64_t>(std::min(kBlockBytes / set_bytes, enough), 1, partners);
+  for_each_task((partners + block - 1) / block * count, [&](int64_t task, int64_t worker) {
+    const Panel& panel = panels.panels()[task % count];
+    const Range met = side.partners(panels.segment(panel.first).set);
+    const int64_t begin = met.begin + task / count * block;
+    for (int64_t other = begin; other < std::min(begin + block, met.end); ++other) {
+      body(panel, other, worker);
+    }
+  });
+}
+
 struct Rows {
   int64_t begin, count;
 };
@@ -193,11 +216,12 @@ void with_types(at::ScalarType type, const Body& body) {
   }
 }
 
-// The products of a chunk with a strip, [rows][width].
+// The products of rows with a strip of columns, ld apart.
 template <typename To>
-void multiply(const To* rows, int64_t count, int64_t depth, const To* strip, int64_t width, float* products) {
+void multiply(const To* rows, int64_t count, int64_t depth, const To* strip, int64_t width, float* products,
+              int64_t ld) {
   for (int64_t k = 0; k < std::max<int64_t>(depth, 1); k += kDepth) {
-    product(count, width, std::min(kDepth, depth - k), rows + k, depth, strip + k * width, width, products, width, k > 0);
+    product(count, width, std::min(kDepth, depth - k), rows + k, depth, strip + k * width, width, products, ld, k > 0);
   }
 }
 

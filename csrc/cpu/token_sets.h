@@ -3,8 +3,10 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 namespace pairtile {
 
@@ -47,6 +49,26 @@ struct Pairs {
   int64_t col_block(int64_t i) const { return candidates == 0 ? i : 0; }
 };
 
+// The pairs as one of the two batches sees them: its own sets, and of each the sets of the other batch that it meets.
+struct Side {
+  Pairs pairs;
+  bool by_x;  // own sets are x's
+
+  int64_t own_sets() const { return by_x ? pairs.n : pairs.m; }
+  // How many sets each set meets.
+  int64_t partners() const { return pairs.candidates == 0 ? (by_x ? pairs.m : pairs.n) : (by_x ? pairs.candidates : 1); }
+  Range partners(int64_t own) const { return by_x ? pairs.of_x(own) : pairs.of_y(own); }
+  int64_t row(int64_t own, int64_t other) const { return by_x ? own : other; }
+  int64_t column(int64_t own, int64_t other) const { return by_x ? pairs.column(own, other) : pairs.column(other, own); }
+  // Where what is kept of a pair for the sake of the own tokens lies, and what is kept for the others'.
+  int64_t own_block(int64_t own, int64_t other) const {
+    return by_x ? pairs.row_block(own, other) : pairs.col_block(other);
+  }
+  int64_t other_block(int64_t own, int64_t other) const {
+    return by_x ? pairs.col_block(own) : pairs.row_block(other, own);
+  }
+};
+
 Pairs make_pairs(const TokenSets& x, const TokenSets& y, int64_t candidates);
 
 // Rows of a set that are multiplied together: from a row that counts to a row that counts.
@@ -71,6 +93,42 @@ inline Chunk next_chunk(const bool* keep, int64_t row, int64_t end) {
     }
   }
   return chunk;
+}
+
+// Scores, or upstream gradients of scores, [n, columns] with any strides.
+template <typename T>
+struct ScoreMatrix {
+  T* data = nullptr;
+  int64_t row_stride = 0, column_stride = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+  T& at(int64_t row, int64_t column) const { return data[row * row_stride + column * column_stride]; }
+};
+
+inline ScoreMatrix<float> scores_of(at::Tensor& tensor) {
+  return tensor.defined() ? ScoreMatrix<float>{tensor.mutable_data_ptr<float>(), tensor.stride(0), tensor.stride(1)}
+                          : ScoreMatrix<float>{};
+}
+inline ScoreMatrix<const float> upstream_of(const at::Tensor& tensor) {
+  return tensor.defined() ? ScoreMatrix<const float>{tensor.const_data_ptr<float>(), tensor.stride(0), tensor.stride(1)}
+                          : ScoreMatrix<const float>{};
+}
+
+// Blocks of successive sets that together have at most so many rows, or one set; at least `parts` blocks if there are as
+// many sets.
+inline std::vector<Range> blocks_of(const TokenSets& sets, int64_t most_rows, int64_t parts) {
+  const int64_t most_sets = std::max<int64_t>(1, sets.count() / std::max<int64_t>(1, parts));
+  std::vector<Range> blocks;
+  int64_t rows = 0;
+  for (int64_t set = 0; set < sets.count(); ++set) {
+    if (blocks.empty() || rows + sets.length(set) > most_rows || blocks.back().size() >= most_sets) {
+      blocks.push_back({set, set});
+      rows = 0;
+    }
+    rows += sets.length(set);
+    blocks.back().end = set + 1;
+  }
+  return blocks;
 }
 
 }  // namespace pairtile

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .backends import Kernels, Request, kept_bytes
+from .pooling import LogSumExpPooling, MaxPooling, SoftmaxPooling
 from .token_sets import TokenSets
 
 
@@ -16,10 +17,17 @@ def _arrays(sets: TokenSets) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
 
 
 def _forward(x: TokenSets, y: TokenSets, request: Request, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
-    found = torch.ops.pairtile.max_scores(
-        *_arrays(x), *_arrays(y), request.candidates, request.rows, request.cols, request.budget, keep
-    )
+    asked = (*_arrays(x), *_arrays(y), request.candidates, request.rows, request.cols, request.budget, keep)
+    if isinstance(request.pooling, MaxPooling):
+        found = torch.ops.pairtile.max_scores(*asked)
+    else:
+        found = torch.ops.pairtile.soft_scores(*asked, *_soft(request))
     return found[: request.outputs], found[request.outputs :]
+
+
+def _soft(request: Request) -> tuple[bool, float]:
+    assert isinstance(request.pooling, (SoftmaxPooling, LogSumExpPooling))
+    return isinstance(request.pooling, SoftmaxPooling), request.pooling.temperature
 
 
 def _backward(
@@ -44,8 +52,17 @@ def _backward(
             part = [grad[of_x] if request.candidates else grad[:, of_y] for grad in grads]
             views = [None if each is None else each[rows] for each, rows in zip(sums, (rows_x, rows_y), strict=True)]
             _add_gradients(part_x, part_y, request, choices, part, views)
-    dx, dy = (None if each is None else each.to(x.tokens.dtype) for each in sums)
+    dx, dy = (_finished(each, sets) for each, sets in zip(sums, (x, y), strict=True))
     return dx, dy
+
+
+def _finished(gradient: Tensor | None, sets: TokenSets) -> Tensor | None:
+    if gradient is None:
+        return None
+    if sets.keep is not None:
+        # The products have zero weights for rows that do not count, which are no zeros times a NaN.
+        gradient.masked_fill_(~sets.keep[:, None], 0)
+    return gradient.to(sets.tokens.dtype)
 
 
 def _add_gradients(
@@ -55,7 +72,11 @@ def _add_gradients(
     given = iter(zip(grads, kept, strict=True))
     for asked in (request.rows, request.cols):
         upstream += next(given) if asked else (None, None)
-    torch.ops.pairtile.max_scores_backward(*_arrays(x), *_arrays(y), request.candidates, *upstream, *sums)
+    asked = (*_arrays(x), *_arrays(y), request.candidates, *upstream, *sums)
+    if isinstance(request.pooling, MaxPooling):
+        torch.ops.pairtile.max_scores_backward(*asked)
+    else:
+        torch.ops.pairtile.soft_scores_backward(*asked, request.budget, *_soft(request))
 
 
 def _blocks(x: TokenSets, y: TokenSets, request: Request) -> Iterator[tuple[slice, slice]]:

@@ -28,7 +28,7 @@ def _backward(
         *(weight, *columns, None),
         *(hidden.tokens, hidden.starts, hidden.lengths, hidden.keep),
         0,
-        *(grad.T, chosen),
+        *(grad.T, chosen[None]),
         *(None, None),
         *(dweight, dhidden),
     )

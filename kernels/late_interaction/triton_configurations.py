@@ -82,7 +82,7 @@ def gather_tile(width: int, interpreted: bool) -> tuple[int, int, int]:
 
 def _tile(arch: str, dtype: torch.dtype, precision: str) -> tuple[int, int, int, int, int]:
     if not on_tensor_cores(dtype, precision):
-        return 64, 64, 16, 4, 2
+        return 64, 32, 16, 4, 2
     if dtype == torch.float32:
         return 64, 64, 32, 4, 2
     return 128, 128, 64 if arch.startswith("sm9") or arch == "sm100" else 32, 8, 3
@@ -91,7 +91,7 @@ def _tile(arch: str, dtype: torch.dtype, precision: str) -> tuple[int, int, int,
 def soft_config(arch: str, dtype: torch.dtype, width: int, precision: str) -> Config:
     """The configuration of `soft_sweep`."""
     if not on_tensor_cores(dtype, precision):
-        return Config(64, 64, 16, 4, 2)
+        return Config(64, 32, 16, 4, 2)
     return _fitted(Config(64, 64, 32 if dtype == torch.float32 else 64, 4, 2), arch, dtype, width, precision)
 
 
@@ -100,9 +100,11 @@ def soft_gradient_config(arch: str, dtype: torch.dtype, width: int, precision: s
     cols = min(128 if dtype != torch.float32 else 64, max(16, next_power(width)))
     if not on_tensor_cores(dtype, precision):
         # Each thread holds the weights of its rows: few columns at a time.
-        return Config(64, 16, 16, 4, 2), cols
+        return Config(32, 16, 16, 4, 2), cols
     block_n = 32 if dtype == torch.float32 else 64
-    return _fitted(Config(64, block_n, 32, 4, 2), arch, dtype, width, precision), cols
+    config = Config(64, block_n, 32, 4, 2)
+    # Wider rows would leave the gradients no registers.
+    return (_fitted(config, arch, dtype, width, precision) if width <= 128 else config), cols
 
 
 def _fitted(config: Config, arch: str, dtype: torch.dtype, width: int, precision: str) -> Config:

@@ -15,10 +15,10 @@ from ..contrastive.triton_kernels.launching import cdiv
 from .backends import Request
 from .pooling import LogSumExpPooling, SoftmaxPooling
 from .token_sets import TokenSets
-from .triton_configurations import next_power, soft_config, soft_gradient_config, whole_width
+from .triton_configurations import next_power, soft_config, soft_gradient_config
 from .triton_kernels.soft_backward import Pooled, soft_gradient
 from .triton_kernels.soft_forward import soft_sweep
-from .triton_sweeps import NOTHING, Directed, side_of
+from .triton_sweeps import NOTHING, Directed, filled_width, side_of
 
 
 def soft_launches(x: TokenSets, y: TokenSets, scores: list[Tensor], kept: list[Tensor], request: Request) -> None:
@@ -61,7 +61,7 @@ def _directions(scores: list[Tensor], kept: list[Tensor], request: Request) -> t
 def _sweep(held: TokenSets, streamed: TokenSets, of_held: Directed, request: Request, held_is_x: bool) -> None:
     scores, kept, candidates = of_held.scores, of_held.chosen, request.candidates
     assert scores is not None
-    arch, width = launching.architecture(scores.device), held.tokens.shape[1]
+    arch, width = launching.architecture(scores.device), filled_width(held.tokens.shape[1])
     config = soft_config(arch, held.tokens.dtype, width, request.precision)
     span = config.block_m if candidates else min(config.block_m, next_power(held.longest))
     groups = cdiv(held.count, config.block_m // span)
@@ -92,13 +92,14 @@ def _gradient(
     out = launching.empty(rows, width, dtype=dtype, device=to.tokens.device)
     if not out.numel():
         return out
-    config, cols = soft_gradient_config(arch, to.tokens.dtype, width, request.precision)
+    config, cols = soft_gradient_config(arch, to.tokens.dtype, filled_width(width), request.precision)
     chunks = cdiv(to.longest, config.block_m)
     arguments = _shared(to, source, request, config.block_k, to_x) | {
         "out": out,
         "of_held": _pooled(own, request.candidates, to_x),
         "of_streamed": _pooled(other, request.candidates, to_x),
         "chunks": chunks,
+        "width": width,
         "unit": unit,
         "rate": 1 / _temperature(request),
         "COLS": cols,
@@ -108,7 +109,7 @@ def _gradient(
 
 
 def _shared(held: TokenSets, streamed: TokenSets, request: Request, block_k: int, held_is_x: bool) -> dict[str, Any]:
-    width, device = held.tokens.shape[1], held.tokens.device
+    width = filled_width(held.tokens.shape[1])
     return {
         "held": side_of(held),
         "streamed": side_of(streamed),
@@ -117,7 +118,7 @@ def _shared(held: TokenSets, streamed: TokenSets, request: Request, block_k: int
         "sharpness": math.log2(math.e) / _temperature(request),
         "PAIRS": (1 if held_is_x else 2) if request.candidates else 0,
         "SOFTMAX": isinstance(request.pooling, SoftmaxPooling),
-        "WHOLE": width <= whole_width(launching.architecture(device), held.tokens.dtype, request.precision),
+        "WHOLE": width <= block_k,
         "EVEN": width > 0 and width % block_k == 0,
         "PRECISION": request.precision,
         "INTERPRETED": launching.interpreting(),

@@ -133,7 +133,7 @@ class ColbertLoss(TokenLoss):
             logit_scale: a factor of the scores, a float or a tensor of shape [] or [1].
             query_mask, document_mask: bool [batch, Lq] and [batch, Ld], True for tokens that count; None: all.
             output_dict: return {"contrastive_loss": loss}.
-            negative_tokens: [batch, K, Ln, D], documents that do not answer their query.
+            negative_tokens: [batch, K, Ln, D], documents that do not answer their query. On several ranks all pass them or none.
             negative_mask: bool [batch, K, Ln].
             start: position of query 0's document; on several ranks 0.
 

@@ -371,6 +371,24 @@ def test_chosen_tokens():
     assert kept_mask.all()
 
 
+@pytest.mark.parametrize(
+    "function",
+    [bipartite_similarity, partial(sinkhorn_similarity, iterations=3, dustbin=BIN.float(), through_plan=True)],
+    ids=["without_numbers", "with_a_shared_tensor"],
+)
+def test_a_formula_inside_torch_compile(function):
+    (x, mask), (y, _) = sets(0, 4, 5), sets(1, 4, 3)
+    x, y = x.nan_to_num().float(), y.nan_to_num().float()
+    results = []
+    with use_backend("torch"):
+        for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+            leaf = x.clone().requires_grad_()
+            scores = call(leaf, y, mask)
+            scores.sum().backward()
+            results.append((scores.detach(), leaf.grad))
+    assert all(map(torch.equal, *results))
+
+
 def test_soft_alignments_train_like_any_score():
     (x, _), (y, _) = sets(0, 4, 5), sets(1, 4, 3)
     x, y = x.nan_to_num().requires_grad_(), y.nan_to_num()

@@ -36,6 +36,7 @@ def soft_gradient(
     candidates,
     chunks,
     d,
+    width,
     unit,
     sharpness,
     rate,
@@ -55,7 +56,7 @@ def soft_gradient(
     at a time. In registers: a tile of S, of its weights, and the gradients.
 
     The weight of a pair is g softmax, of a pooled mean g softmax (1 + (S - pooled) / temperature), `rate` = 1 / temperature;
-    for each direction that is asked for. It is rounded to the tokens' dtype before it multiplies. Upstream gradients are
+    for each direction that is asked for. D is `width`, filled up with zeros to `d`. The weight is rounded to the tokens' dtype before it multiplies. Upstream gradients are
     given in `unit` [], if that is given.
     """
     program = tl.program_id(0)
@@ -67,7 +68,8 @@ def soft_gradient(
     total = tl.zeros((BM, COLS), tl.float32)
     begin, stop = i * 0, streamed.sets
     if PAIRS == 1:
-        begin, stop = i * candidates, (i + 1) * candidates
+        begin = (wide(i) * candidates).to(tl.int32)
+        stop = begin + candidates
     if PAIRS == 2:
         begin, stop = i // candidates, i // candidates + 1
     if tl.load(held.ends + i) <= chunk * BM:
@@ -97,8 +99,8 @@ def soft_gradient(
                 lse, pooled = held_kept
                 weights += held_grad * _weights(similarity, lse[:, None], pooled[:, None], sharpness, rate, SOFTMAX)
             if of_streamed is not None:
-                at = of_streamed.kept + wide(of_partner) * streamed.rows + start + k + tl.arange(0, BN)
-                lse, pooled = _kept(at, of_streamed.partners, streamed.rows, others, SOFTMAX)
+                of_block = of_streamed.kept + wide(of_partner) * streamed.rows + start + k + tl.arange(0, BN)
+                lse, pooled = _kept(of_block, of_streamed.partners, streamed.rows, others, SOFTMAX)
                 weights += streamed_grad * _weights(similarity, lse[None, :], pooled[None, :], sharpness, rate, SOFTMAX)
             weights = tl.where(counts[:, None] & others[None, :], weights, 0.0)
             features = streamed_block(streamed, start + k, others, col, d, BN, COLS, False, True)
@@ -106,9 +108,9 @@ def soft_gradient(
     if unit is not None:
         total *= tl.load(unit)
     cols = col + tl.arange(0, COLS)
-    at = out + wide(rows)[:, None] * d + cols[None, :]
+    at = out + wide(rows)[:, None] * width + cols[None, :]
     total = tl.where(counts[:, None], total, 0.0)
-    tl.store(at, rounded(total, out.dtype.element_ty, INTERPRETED), mask=inside[:, None] & (cols < d)[None, :])
+    tl.store(at, rounded(total, out.dtype.element_ty, INTERPRETED), mask=inside[:, None] & (cols < width)[None, :])
 
 
 @triton.jit

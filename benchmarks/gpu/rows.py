@@ -159,8 +159,8 @@ def linear_cross_entropy(tokens: int, vocabulary: int, width: int) -> GpuCase:
     )
 
 
-def maxsim(queries: int, query_tokens: int, documents: int, document_tokens: int) -> GpuCase:
-    """The forward alone, D = 128: 2 Nq Nd Lq Ld D."""
+def maxsim(queries: int, query_tokens: int, documents: int, document_tokens: int, width: int = 128) -> GpuCase:
+    """The forward alone: 2 Nq Nd Lq Ld D."""
     sizes = {
         "queries": queries,
         "query_tokens": query_tokens,
@@ -170,8 +170,8 @@ def maxsim(queries: int, query_tokens: int, documents: int, document_tokens: int
     return GpuCase(
         name="maxsim bfloat16, forward alone",
         inputs=late.maxsim_inputs,
-        sizes=sizes | {"width": 128},
-        work=token_work(queries * query_tokens, documents * document_tokens, 128, chosen=0, forward=True),
+        sizes=sizes | {"width": width},
+        work=token_work(queries * query_tokens, documents * document_tokens, width, chosen=0, forward=True),
         contenders=late.scoring(),
         agreement=BFLOAT16_AGREEMENT,
         results=("scores",),
@@ -179,14 +179,14 @@ def maxsim(queries: int, query_tokens: int, documents: int, document_tokens: int
     )
 
 
-def colbert(batch: int, query_tokens: int, document_tokens: int) -> GpuCase:
-    """A step in the batch, D = 128."""
+def colbert(batch: int, query_tokens: int, document_tokens: int, width: int = 128) -> GpuCase:
+    """A step in the batch."""
     sizes = {"queries": batch, "query_tokens": query_tokens, "documents": batch, "document_tokens": document_tokens}
     return GpuCase(
         name="ColBERT step bfloat16",
         inputs=partial(late.maxsim_inputs, gradients=True),
-        sizes=sizes | {"width": 128},
-        work=token_work(batch * query_tokens, batch * document_tokens, 128, chosen=batch * batch * query_tokens),
+        sizes=sizes | {"width": width},
+        work=token_work(batch * query_tokens, batch * document_tokens, width, chosen=batch * batch * query_tokens),
         contenders=late.colbert(),
         agreement=CHOICE_AGREEMENT,
         results=("value", "dx", "dy"),
@@ -194,15 +194,13 @@ def colbert(batch: int, query_tokens: int, document_tokens: int) -> GpuCase:
     )
 
 
-def filip(batch: int, image_tokens: int, text_tokens: int) -> GpuCase:
-    """D = 256. The libraries multiply twice, once for each direction; the floor is that of one product."""
-    sizes = {"queries": batch, "query_tokens": image_tokens, "documents": batch, "document_tokens": text_tokens}
+def filip(batch: int, image_tokens: int, text_tokens: int, width: int = 256) -> GpuCase:
+    """The libraries multiply twice, once for each direction; the floor is that of one product."""
     chosen = batch * batch * (image_tokens + text_tokens)
     return replace(
-        colbert(batch, image_tokens, text_tokens),
+        colbert(batch, image_tokens, text_tokens, width),
         name="FilipLoss bfloat16",
-        sizes=sizes | {"width": 256},
-        work=token_work(batch * image_tokens, batch * text_tokens, 256, chosen=chosen),
+        work=token_work(batch * image_tokens, batch * text_tokens, width, chosen=chosen),
         contenders=late.filip_loss(),
     )
 

@@ -28,8 +28,7 @@ Step = Callable[[Callable[[], Function], list[Tensor]], Call]
 
 #: Documents that `maxsim_topk` is asked for.
 BEST = 100
-#: Of FILIP and ColBERT: what their similarities are multiplied by.
-_FILIP_SCALE, _COLBERT_SCALE = 14.3, 1.0
+_FILIP_SCALE = 14.3
 
 
 def _unit(generator: torch.Generator, *shape: int) -> Tensor:
@@ -131,7 +130,7 @@ def dense_lexical(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _own_document(scores: Tensor) -> Tensor:
-    return F.cross_entropy(_COLBERT_SCALE * scores, torch.arange(len(scores)))
+    return F.cross_entropy(scores, torch.arange(len(scores)))
 
 
 def _saturated(largest: Tensor) -> Tensor:
@@ -173,9 +172,9 @@ def _summed(name: str, backend: str) -> Function:
     return lambda *leaves: similarity(*leaves).sum()
 
 
-def ours(function: Function | str, step: Step = forward_alone, *, needs: str = "maxsim") -> list[Contender]:
-    """By each backend of the CPU; the first that can run is the one that bars speak of."""
-    return [
+def ours(function: Function | str, step: Step = forward_alone, *, needs: str = "maxsim") -> Contender:
+    """By the first backend of the CPU that can run."""
+    made = [
         Contender(
             f"pairtile {backend}",
             partial(step, partial(_served, function, backend)),
@@ -184,12 +183,13 @@ def ours(function: Function | str, step: Step = forward_alone, *, needs: str = "
         )
         for backend in ("cpp", "torch")
     ]
+    return next((each for each in made if each.missing is None), made[0])
 
 
-def our_similarity(name: str) -> list[Contender]:
+def our_similarity(name: str) -> Contender:
     """A similarity of all pairs, forward and backward, by the backend that serves it."""
     prepare = partial(forward_and_backward, partial(_summed, name, "torch"))
-    return [Contender("pairtile torch", prepare, missing=missing_kernel(name), ours=True)]
+    return Contender("pairtile torch", prepare, missing=missing_kernel(name), ours=True)
 
 
 def plain(name: str, function: Function, step: Step, adapt: Callable[..., Call] | None = None) -> list[Contender]:

@@ -1,6 +1,7 @@
 """The training engine: recipes, data, towers, the DeepSpeed trainer, evaluation and export.
 
-``load(path)`` gives a trained model with ``encode_image`` and ``encode_text``; ``pairtile.engine.train.train(recipe)``
+``load(path)`` gives a trained model with ``encode_image`` and ``encode_text``, and with ``encode_image_tokens`` and
+``encode_text_tokens`` where it was trained with token embeddings; ``pairtile.engine.train.train(recipe)``
 trains one.
 """
 

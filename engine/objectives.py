@@ -19,6 +19,7 @@ from torch import Tensor
 from ..kernels import ClipLoss, FilipLoss, SigLipLoss
 from .data import Batch
 from .errors import RecipeError
+from .loss_objectives import LOSS_OBJECTIVES, LossObjective
 from .model import DualOutput
 from .recipe import ObjectiveConfig
 
@@ -27,7 +28,7 @@ class Objective(Protocol):
     def __call__(self, output: DualOutput, batch: Batch) -> Tensor: ...
 
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {}
+OBJECTIVES: dict[str, Callable[..., Objective]] = dict(LOSS_OBJECTIVES)
 
 
 def register(name: str) -> Callable[[Callable[..., Objective]], Callable[..., Objective]]:
@@ -80,7 +81,8 @@ class SigLip:
 class Filip:
     """Cross-entropy of token-wise maximum similarities over the global batch (FILIP, arXiv:2111.07783).
 
-    Wants ``model.tokens``. ``direction_weights`` as in ``clip``. ``token_dtype: bfloat16`` rounds the unit vectors before
+    Wants ``model.tokens``. ``direction_weights`` as in ``clip``; ``travelling`` and ``select_tokens`` (the paper's 0.25 of
+    each set's tokens) as in :class:`pairtile.kernels.FilipLoss`. ``token_dtype: bfloat16`` rounds the unit vectors before
     they are multiplied, as the paper halves their precision; sums and the loss stay float32.
     """
 
@@ -89,11 +91,15 @@ class Filip:
         *,
         group: dist.ProcessGroup | None,
         direction_weights: tuple[float, float] = (0.5, 0.5),
+        travelling: str = "text",
+        select_tokens: float | None = None,
         token_dtype: str = "float32",
     ) -> None:
         if token_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"token_dtype={token_dtype!r}: expected float32 or bfloat16")
-        self.loss = FilipLoss(group=group, direction_weights=direction_weights)
+        self.loss = FilipLoss(
+            group=group, direction_weights=direction_weights, travelling=travelling, select_tokens=select_tokens
+        )
         self.dtype: torch.dtype = getattr(torch, token_dtype)
 
     def __call__(self, output: DualOutput, batch: Batch) -> Tensor:
@@ -120,7 +126,10 @@ def _build(config: ObjectiveConfig, group: dist.ProcessGroup | None) -> Objectiv
         hint = f"; did you mean {near[0]}?" if near else ""
         raise RecipeError(f"unknown objective {config.name!r}{hint} (known: {', '.join(sorted(OBJECTIVES))})")
     factory = OBJECTIVES[config.name]
-    known = [name for name in inspect.signature(factory).parameters if name != "group"]
+    if isinstance(factory, LossObjective):
+        known = factory.arguments()
+    else:
+        known = [name for name in inspect.signature(factory).parameters if name != "group"]
     for key in config.args:
         if key not in known:
             raise RecipeError(f"objective {config.name} has no argument {key!r} (its arguments: {', '.join(known)})")

@@ -76,6 +76,8 @@ def check_forward(model: DualEncoder, recipe: Recipe) -> None:
     try:
         with torch.no_grad():
             model(image, tokens, torch.ones_like(tokens, dtype=torch.bool))
+    except PairtileError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise PairtileError(

@@ -12,7 +12,7 @@ from .runtime import Runtime
 
 @torch.no_grad()
 def in_batch_accuracy(output: DualOutput, runtime: Runtime) -> tuple[float, float]:
-    """Share of the global batch's images whose best text is their own, and the reverse.
+    """Share of the global batch's images whose best text, by the pooled embeddings, is their own, and the reverse.
 
     Each rank compares its rows with the columns of all ranks, so nothing larger than [n_local, N] is made.
     """

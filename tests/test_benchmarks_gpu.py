@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from fake_gpu import EAGER, TINY, FakeDevice, clip_of, contender, raising
 
-from benchmarks import peers, report, work
+from benchmarks import late_interaction, peers, report, work
 from benchmarks.gpu import contenders, measure, rows
 from benchmarks.harness import Contender
 
@@ -38,7 +38,7 @@ def test_every_kind_of_row(name, measured):
     assert not result.failures
     assert result.subject == "pairtile triton"
     expected = {"pairtile triton", "pairtile torch", "eager PyTorch"}
-    expected |= set() if name == "linear_cross_entropy" else {"open_clip"}
+    expected |= {"open_clip"} if "clip" in name else set()
     assert expected <= set(result.measured), result.missing
     # Bfloat16 rounds gradients to 8 bits, 4e-3 of each at most; open_clip and eager PyTorch the logits, too.
     bound = 1e-5 if "ieee" in name or "tf32" in name else 5e-2
@@ -200,6 +200,9 @@ def test_work_of_the_rows():
     gemma = rows.ROWS["lce-gemma2"]().work
     assert (gemma.flops, gemma.least_bytes) == (8 * 8192 * 256_000 * 2304, 2 * (8192 + 256_000) * 2304 * 2)
     assert rows.ROWS["clip-float32-tf32x3"]().work.flops == 24 * 8192 * 8192 * 512
+    filip, pairs = rows.ROWS["filip-512"]().work, 512 * 512 * 256
+    assert filip.flops == 2 * pairs * (196 * 32 + 2 * (196 + 32))
+    assert rows.ROWS["maxsim-rerank"]().work.flops == 2 * 32 * 20_000 * 300 * 128
     assert rows.ROWS["siglip-8192"]().exact is not None
     assert rows.ROWS["siglip-32768"]().exact is None, "float64 would take 50 GB"
 
@@ -237,6 +240,14 @@ def fake_peers(monkeypatch):
         def __call__(self, lin_weight, _input, target, bias=None):
             return contenders.linear_then_cross_entropy(_input, lin_weight, target)
 
+    def flash_maxsim_batched(Q, D, doc_lengths=None, shared_docs=True, query_lengths=None):
+        return late_interaction.dense_maxsim(Q.half(), D.half()).float()
+
+    def maxsim(Q, D, q_mask=None, d_mask=None, *, normalize=False, backward=None):
+        return late_interaction.dense_maxsim(Q.float(), D.float())
+
+    install("flash_maxsim", flash_maxsim_batched=flash_maxsim_batched, flash_maxsim_batched_train=flash_maxsim_batched)
+    install("late_interaction_kernels", maxsim=maxsim)
     install("memeff", MemoryEfficientCLIPLoss=MemoryEfficientCLIPLoss)
     install("inf_cl", cal_flash_loss=cal_flash_loss)
     install("siglip_kernel", fused_siglip_loss=fused_siglip_loss)
@@ -257,6 +268,8 @@ def fake_peers(monkeypatch):
         ("clip tf32", {"memeff", "inf-cl"}),
         ("siglip", {"siglip-kernel"}),
         ("linear_cross_entropy", {"cut-cross-entropy", "cut-cross-entropy (no filter)", "liger-kernel"}),
+        ("maxsim", {"flash-maxsim", "late-interaction-kernels"}),
+        ("filip", {"flash-maxsim", "late-interaction-kernels"}),
     ],
 )
 def test_peers_take_part_where_they_are_installed(name, expected, fake_peers, measured):

@@ -20,6 +20,7 @@ from . import table
 from .cases import headline, shipped, spanning
 from .check import checked
 from .examine import Examiner, label_of
+from .late_interaction import LateRequest
 from .launches import Overrides, recorded
 from .peer_figures import peers_of
 from .requests import Request
@@ -72,7 +73,7 @@ def _override(text: str) -> tuple[str, Config]:
     return found[1], Config(*(int(each) for each in found.groups()[1:] if each is not None))
 
 
-def _show(target: Target, request: Request, only: str, peers: bool, overrides: Overrides) -> None:
+def _show(target: Target, request: Request | LateRequest, only: str, peers: bool, overrides: Overrides) -> None:
     launches = recorded(request, target, overrides)
     chosen = [each for each in launches if only in f"{request} {label_of(each)}"]
     if not chosen:
@@ -85,7 +86,10 @@ def _show(target: Target, request: Request, only: str, peers: bool, overrides: O
             if examined[-1].identity not in seen:
                 seen.add(examined[-1].identity)
                 print(table.line(examined[-1]), flush=True)
-    if len(chosen) == len(launches) and all(each.usual for each in examined):
+    if isinstance(request, LateRequest):
+        if peers:
+            print("\n".join(table.peer_lines(peers_of(target.arch, request.name))))
+    elif len(chosen) == len(launches) and all(each.usual for each in examined):
         print(table.totals_heading())
         print("\n".join(table.total_lines(totals(examined, request))))
         if peers and request.dtype == torch.bfloat16:  # what their figures were taken with

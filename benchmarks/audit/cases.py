@@ -8,6 +8,7 @@ import torch
 
 from pairtile.kernels.contrastive.triton_kernels.configurations import PRECISIONS, offered
 
+from .late_interaction import LateRequest, late_headline, late_shipped, late_spanning
 from .requests import BATCH, REQUESTS, Request, request
 from .targets import Target
 
@@ -19,7 +20,7 @@ KINDS = tuple((dtype, "ieee") for dtype in (torch.bfloat16, torch.float16)) + tu
 )
 
 
-def headline() -> Iterator[Request]:
+def headline() -> Iterator[Request | LateRequest]:
     """The table: the sizes that peers advertise, bfloat16 first."""
     yield request("CLIP", torch.bfloat16, 512)
     yield request("SigLIP", torch.bfloat16, 768)
@@ -28,9 +29,10 @@ def headline() -> Iterator[Request]:
     yield request("CLIP", torch.bfloat16, 512, aligned=False)
     for dtype, precision in KINDS[1:]:
         yield request("CLIP", dtype, 512, precision)
+    yield from late_headline()
 
 
-def shipped(target: Target) -> Iterator[Request]:
+def shipped(target: Target) -> Iterator[Request | LateRequest]:
     """Every configuration that ships for the target: with descriptors and with pointers, for sizes that a tile divides
     and for sizes that nothing divides, at widths that take narrower blocks of the products.
 
@@ -50,9 +52,10 @@ def shipped(target: Target) -> Iterator[Request]:
             yield request("CLIP", dtype, 512, precision, batch=_ODD_PANEL)
     for aligned, width in ((True, 512), (False, _ODD_WIDTH)):
         yield request("CLIP", torch.bfloat16, width, aligned=aligned, batch=_ODD_BATCH)
+    yield from late_shipped(target)
 
 
-def spanning(target: Target) -> Iterator[Request]:
+def spanning(target: Target) -> Iterator[Request | LateRequest]:
     """A few of them that touch every kernel and every line of the check, within seconds: a batch of one panel."""
     batch = BATCH // 8
     asked = {
@@ -63,3 +66,4 @@ def spanning(target: Target) -> Iterator[Request]:
     }
     for name, dtype, precision in asked[target.arch]:
         yield request(name, dtype, 512, precision, batch=batch)
+    yield from late_spanning(target)

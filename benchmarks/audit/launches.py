@@ -19,6 +19,7 @@ from pairtile.kernels.contrastive.triton_kernels import launches as shared
 from pairtile.kernels.contrastive.triton_kernels import launching
 from pairtile.kernels.contrastive.triton_kernels.configurations import Config, pick_config
 
+from .late_interaction import LateRequest
 from .requests import Request
 from .targets import Target
 
@@ -78,18 +79,22 @@ def _located(value: Any) -> Any:
     if isinstance(value, Tensor):
         return _Located(value)
     if isinstance(value, tuple):
-        return tuple(_located(each) for each in value)
+        located = [_located(each) for each in value]
+        return type(value)(*located) if hasattr(value, "_fields") else tuple(located)
     return value
 
 
-def recorded(request: Request, target: Target, overrides: Overrides | None = None) -> list[Launch]:
+def recorded(request: Request | LateRequest, target: Target, overrides: Overrides | None = None) -> list[Launch]:
     """Every launch of a forward and a backward with all gradients, in order.
 
     The host code runs as it is, on tensors without memory: it never looks at a value, which would stall a GPU.
     """
     launches: list[Launch] = []
-    settings = Settings(checked_budget(None, "triton"), request.precision)
     with _recording(launches, target, overrides or {}) as phase:
+        if isinstance(request, LateRequest):
+            request.launch(phase)
+            return launches
+        settings = Settings(checked_budget(None, "triton"), request.precision)
         needed = [True] * len(request.operands)
         if request.one_sweep:
             phase["now"] = "both"

@@ -34,6 +34,8 @@ class PeerFigure:
 
 
 PEERS = (
+    PeerFigure("sm90", "maxsim", "forward", "late-interaction-kernels", "maxsim_fwd", 2, 1.00, 0.78, 0.44, "mma.sync"),
+    PeerFigure("sm90", "maxsim", "forward", "flash-maxsim", "maxsim_fwd", 2, 1.00, 0.66, 0.40, "mma.sync"),
     PeerFigure("sm90", "CLIP", "forward", "memeff", "clip_denom", 2, 1.00, 1.00, 0.58, "atomics"),
     PeerFigure(
         "sm90", "CLIP", "backward", "memeff", "clip_fa_grad", 8, 0.67, 0.67, 0.44, "S per owner; 1.5 x the FLOPs"

@@ -61,12 +61,36 @@ def _owners(launch: Launch) -> Work:
     return Work(0, cdiv(given["tiles"], given["TILES"]), 0, f"{given['BLOCK']}x{given['TILES']}")
 
 
+def _pairs_of_sets(launch: Launch) -> Work:
+    """`max_sweep`, `max_long`, `soft_sweep`, `soft_gradient`: a tile of held rows beside one streamed set. A kernel of loops
+    within loops has no account: its FLOPs are not told."""
+    config, given = launch.config, launch.arguments
+    assert config is not None
+    held, streamed = given["held"], given["streamed"]
+    longest = streamed.rows // max(1, streamed.sets)
+    one_loop = launch.name == "max_sweep" and given["WHOLE"] and given["SETS"] == 1 and streamed.keep is None
+    if not one_loop:
+        return Work(0, 1, 0, _name(config))
+    flops = 2 * min(config.block_m, held.rows) * longest * given["d"]
+    return Work(flops, cdiv(longest, config.block_n), 0, _name(config))
+
+
+def _gathered_rows(launch: Launch) -> Work:
+    """`gather_sum`: rows of one side, what they sum streamed."""
+    given = launch.arguments
+    return Work(0, 1, 0, f"{given['ROWS']}x{given['ENTRIES']}x{given['COLS']}")
+
+
 _WORK = {
     "reduce_tiles": _tile_of_scores,
     "weigh_tiles": _tile_of_scores,
     "add_product": _block_of_gradient,
     "merge_partials": _owners,
-}
+    "gather_sum": _gathered_rows,
+} | dict.fromkeys(("max_sweep", "max_long", "soft_sweep", "soft_gradient"), _pairs_of_sets)
+
+#: Kernels of late interaction.
+LATE = ("max_sweep", "max_long", "soft_sweep", "soft_gradient", "gather_sum")
 
 
 def _itemsize(source: Any) -> int:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from .. import contrastive as make
-from ..harness import Prepare
+from ..harness import Prepare, forward_alone
 from ..work import Work
 from . import contenders as who
+from . import late_interaction as late
 from .measure import GpuCase
 
 #: Features and logits of 8 bits: a dense form rounds each logit, by 0.02 where they are around 4.
@@ -20,6 +22,9 @@ BFLOAT16_AGREEMENT = 5e-2
 FLOAT32_AGREEMENT = 1e-4
 #: Factors of 11 bits, cut off by some and rounded by others: 14.3 * 2^-11 = 0.7% of a weight at most.
 TF32_AGREEMENT = 1e-2
+
+#: Where products are rounded to 8 bits one maximum in a hundred goes to a runner-up, and with it a tenth of the gradient's norm.
+CHOICE_AGREEMENT = 0.2
 
 #: Float64 holds half a dozen batch x batch matrices: 3 GB here, 200 GB at 65,536. Larger rows have no error columns.
 LARGEST_EXACT_BATCH = 8192
@@ -72,7 +77,7 @@ def clip(batch: int, width: int, **changes: Any) -> GpuCase:
 
 
 def clip_forward(batch: int, width: int) -> GpuCase:
-    step = who.forward_alone
+    step = forward_alone
     return clip(
         batch,
         width,
@@ -154,7 +159,61 @@ def linear_cross_entropy(tokens: int, vocabulary: int, width: int) -> GpuCase:
     )
 
 
-#: siglip-kernel's headline is D = 768, memeff's D = 512, cut-cross-entropy's the head of Gemma 2 (2B).
+def maxsim(queries: int, query_tokens: int, documents: int, document_tokens: int, width: int = 128) -> GpuCase:
+    """The forward alone: 2 Nq Nd Lq Ld D."""
+    sizes = {
+        "queries": queries,
+        "query_tokens": query_tokens,
+        "documents": documents,
+        "document_tokens": document_tokens,
+    }
+    return GpuCase(
+        name="maxsim bfloat16, forward alone",
+        inputs=late.maxsim_inputs,
+        sizes=sizes | {"width": width},
+        work=token_work(queries * query_tokens, documents * document_tokens, width, chosen=0, forward=True),
+        contenders=late.scoring(),
+        agreement=BFLOAT16_AGREEMENT,
+        results=("scores",),
+        matrix_gradients=(),
+    )
+
+
+def colbert(batch: int, query_tokens: int, document_tokens: int, width: int = 128) -> GpuCase:
+    """A step in the batch."""
+    sizes = {"queries": batch, "query_tokens": query_tokens, "documents": batch, "document_tokens": document_tokens}
+    return GpuCase(
+        name="ColBERT step bfloat16",
+        inputs=partial(late.maxsim_inputs, gradients=True),
+        sizes=sizes | {"width": width},
+        work=token_work(batch * query_tokens, batch * document_tokens, width, chosen=batch * batch * query_tokens),
+        contenders=late.colbert(),
+        agreement=CHOICE_AGREEMENT,
+        results=("value", "dx", "dy"),
+        matrix_gradients=("dx", "dy"),
+    )
+
+
+def filip(batch: int, image_tokens: int, text_tokens: int, width: int = 256) -> GpuCase:
+    """The libraries multiply twice, once for each direction; the floor is that of one product."""
+    chosen = batch * batch * (image_tokens + text_tokens)
+    return replace(
+        colbert(batch, image_tokens, text_tokens, width),
+        name="FilipLoss bfloat16",
+        work=token_work(batch * image_tokens, batch * text_tokens, width, chosen=chosen),
+        contenders=late.filip_loss(),
+    )
+
+
+def token_work(x_tokens: int, y_tokens: int, d: int, *, chosen: int, forward: bool = False) -> Work:
+    """All products of tokens, and, for each of the two gradients, those of the chosen pairs of tokens."""
+    least_bytes = (1 if forward else 2) * (x_tokens + y_tokens) * d * 2
+    formula = "2 N M Li Lj D" + (f" + 4 x {chosen:.3g} D" if chosen else "")
+    return Work(2 * d * (x_tokens * y_tokens + 2 * chosen), least_bytes, torch.bfloat16, formula)
+
+
+#: siglip-kernel's headline is D = 768, memeff's D = 512, cut-cross-entropy's the head of Gemma 2 (2B); flash-maxsim's are
+#: one query of 32 tokens before 300 each, and ColPali's 1024 before 1024.
 ROWS: dict[str, Callable[[], GpuCase]] = {
     "siglip-65536": partial(siglip, 65536, 768),
     "clip-65536": partial(clip, 65536, 512),
@@ -166,6 +225,11 @@ ROWS: dict[str, Callable[[], GpuCase]] = {
     "clip-float32-ieee": partial(clip_float32, 8192, 512, "ieee"),
     "clip-float32-tf32": partial(clip_float32, 8192, 512, "tf32"),
     "clip-float32-tf32x3": partial(clip_float32, 8192, 512, "tf32x3"),
+    "maxsim-rerank": partial(maxsim, 1, 32, 20_000, 300),
+    "maxsim-queries": partial(maxsim, 128, 32, 1024, 1024),
+    "maxsim-pages": partial(maxsim, 16, 1024, 512, 1024),
+    "colbert-128": partial(colbert, 128, 32, 300),
+    "filip-512": partial(filip, 512, 196, 32),
     "siglip-32768": partial(siglip, 32768, 768),
     "clip-32768": partial(clip, 32768, 512),
 }

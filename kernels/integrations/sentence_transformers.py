@@ -116,7 +116,11 @@ class _Method(NamedTuple):
     either: Callable[..., Tensor]
 
 
-_switch = Switch(lambda: [Replacement(each.owner, each.name, each.theirs, each.either) for each in _methods().values()])
+def _replacements() -> Sequence[Replacement]:
+    return [Replacement(each.owner, each.name, each.theirs, each.either) for each in _methods().values()]
+
+
+_switch = Switch(_replacements)
 
 
 def _library() -> tuple[ModuleType, ModuleType]:

@@ -260,7 +260,9 @@ def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     x, y, shared = saved[:4], saved[4:8], list(saved[8:])
     found = _traced_backward(*x, *ctx.rest[:2], *y, *ctx.rest[2:], shared, *ctx.request, list(grads))
     nothing = [None] * (_FLAT - 1)
-    return found[0], *nothing, found[1], *nothing, list(found[2:]) or [], *[None] * len(ctx.request)
+    # torch takes a list without any number for one of tensors, whose gradients are a list.
+    of_request: list[Any] = [[] if each == [] else None for each in ctx.request]
+    return found[0], *nothing, found[1], *nothing, list(found[2:]) or [], *of_request
 
 
 _REQUEST = f"{SETS}, Tensor[] shared, str name, float[] numbers, int candidates, int outputs, int budget"

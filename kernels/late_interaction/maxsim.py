@@ -9,7 +9,7 @@ from torch import Tensor
 from ..contrastive.arguments import described
 from .pooling import MaxPooling, Pooling, TopMeanPooling
 from .scores import token_scores
-from .token_sets import TokenSets, packed_sets, padded_sets
+from .token_sets import TokenSets, check_mask, packed_sets, padded_sets
 
 _MAX = MaxPooling()
 
@@ -63,9 +63,9 @@ def maxsim(
     documents = d if not candidates else d.flatten(0, 1)
     if candidates and d_mask is not None and d_mask.dim() == 3:
         d_mask = d_mask.flatten(0, 1)
-    q = _weighted(unit(q) if normalize else q, q_weights, pooling)
+    q = _weighted(unit(q, q_mask, "q") if normalize else q, q_weights, q_mask, pooling)
     x = padded_sets(q, q_mask, "q")
-    y = padded_sets(unit(documents) if normalize else documents, d_mask, "d")
+    y = padded_sets(unit(documents, d_mask, "d") if normalize else documents, d_mask, "d")
     (scores,) = token_scores(
         x, y, pooling=pooling, candidates=candidates, precision=precision, memory_budget=memory_budget
     )
@@ -156,8 +156,8 @@ def filip_similarity(
     Returns:
         (of x, of y), both [N, M] in float32 (float64 for float64 tokens).
     """
-    sets_x = padded_sets(unit(x) if normalize else x, x_mask, "x")
-    sets_y = padded_sets(unit(y) if normalize else y, y_mask, "y")
+    sets_x = padded_sets(unit(x, x_mask, "x") if normalize else x, x_mask, "x")
+    sets_y = padded_sets(unit(y, y_mask, "y") if normalize else y, y_mask, "y")
     of_x, of_y = token_scores(
         sets_x, sets_y, pooling=pooling, cols=True, names=("x", "y"), precision=precision, memory_budget=memory_budget
     )
@@ -177,14 +177,23 @@ def _candidates(q: Tensor, d: Tensor) -> int:
     return d.shape[1]
 
 
-def unit(tokens: Tensor) -> Tensor:
-    """Each token divided by its length."""
+def unit(tokens: Tensor, mask: Tensor | None = None, name: str = "tokens") -> Tensor:
+    """Each token divided by its length; 0 for those that do not count."""
+    tokens = _cleared(tokens, mask, name)
     # The length in float32: one rounding of 16-bit tokens, as a model's own normalisation has.
     wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     return F.normalize(wide, dim=-1).to(tokens.dtype)
 
 
-def _weighted(q: Tensor, weights: Tensor | None, pooling: Pooling) -> Tensor:
+def _cleared(tokens: Tensor, mask: Tensor | None, name: str) -> Tensor:
+    """0 for tokens that do not count: what they hold must not meet a gradient of 0, which is NaN where it is NaN."""
+    if mask is None:
+        return tokens
+    check_mask(mask, tokens, name)
+    return tokens.masked_fill(~mask.unsqueeze(-1), 0)
+
+
+def _weighted(q: Tensor, weights: Tensor | None, mask: Tensor | None, pooling: Pooling) -> Tensor:
     if weights is None:
         return q
     if not isinstance(pooling, (MaxPooling, TopMeanPooling)):
@@ -193,7 +202,7 @@ def _weighted(q: Tensor, weights: Tensor | None, pooling: Pooling) -> Tensor:
         )
     if weights.shape != q.shape[:2] or not weights.is_floating_point():
         raise ValueError(f"q_weights is {described(weights)}: expected a floating point tensor {list(q.shape[:2])}")
-    return q * weights.unsqueeze(-1).to(q.dtype)
+    return _cleared(q, mask, "q") * weights.unsqueeze(-1).to(q.dtype)
 
 
 def aggregated(scores: Tensor, sets: TokenSets, aggregate: str, dim: int = 1) -> Tensor:

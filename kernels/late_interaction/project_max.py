@@ -165,7 +165,7 @@ def _backward(
 _PROJECTIONS = {
     "torch": Projection(_forward, _backward),
     "cpp": cpp_project.PROJECTION or Projection(_forward, _backward),
-    "triton": triton_project.PROJECTION or Projection(_forward, _backward),
+    "triton": Projection(triton_project.forward, triton_project.backward),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..contrastive.triton_kernels.configurations import Config, narrowed, offered
@@ -62,15 +64,12 @@ def max_config(
         raise ValueError(f"precision={precision!r}: on {arch} expected one of {', '.join(offered(arch))}")
     block_m, block_n, block_k, warps, stages = _tile(arch, dtype, precision)
     if positions or streamed:
-        block_n = min(block_n, 64)
+        # Blackwell's threads hold a row each, and with it what belongs to the row.
+        block_n = min(block_n, 32 if arch == "sm100" else 64)
+        warps = 8
     block_m = min(block_m, max(64, next_power(rows)))
     block_n = min(block_n, max(16, next_power(cols)))
-    if width <= whole_width(arch, dtype, precision):
-        block_k = max(16, next_power(width))
-        stages = 2
-    else:
-        block_k = narrowed(block_k, width)
-    return Config(block_m, block_n, block_k, warps, stages)
+    return _fitted(Config(block_m, block_n, block_k, warps, stages), arch, dtype, width, precision)
 
 
 def gather_tile(width: int, interpreted: bool) -> tuple[int, int, int]:
@@ -85,7 +84,42 @@ def gather_tile(width: int, interpreted: bool) -> tuple[int, int, int]:
 
 def _tile(arch: str, dtype: torch.dtype, precision: str) -> tuple[int, int, int, int, int]:
     if not on_tensor_cores(dtype, precision):
-        return 64, 64, 16, 4, 2
+        return 64, 32, 16, 4, 2
     if dtype == torch.float32:
-        return 64, 64, 32, 4, 2
+        # The old instructions hold the halves of three products in registers.
+        return (64, 32, 16, 8, 2) if arch == "sm80" and precision == "tf32x3" else (64, 64, 32, 4, 2)
     return 128, 128, 64 if arch.startswith("sm9") or arch == "sm100" else 32, 8, 3
+
+
+def soft_config(arch: str, dtype: torch.dtype, width: int, precision: str) -> Config:
+    """The configuration of `soft_sweep`."""
+    if not on_tensor_cores(dtype, precision):
+        return Config(64, 32, 16, 4, 2)
+    config = _soft_tile(arch, dtype, precision, 64)
+    return _fitted(config, arch, dtype, width, precision) if arch != "sm80" and width <= 128 else config
+
+
+def soft_gradient_config(arch: str, dtype: torch.dtype, width: int, precision: str) -> tuple[Config, int]:
+    """The configuration of `soft_gradient`, and how many columns of the gradients a program owns."""
+    cols = min(128 if dtype != torch.float32 else 64, max(16, next_power(width)))
+    if not on_tensor_cores(dtype, precision):
+        # Each thread holds the weights of its rows: few columns at a time.
+        return Config(32, 16, 16, 4, 2), cols
+    config = _soft_tile(arch, dtype, precision, 32)
+    # Wider rows in one piece would leave the gradients no registers.
+    return (_fitted(config, arch, dtype, width, precision) if width <= 128 else config), cols
+
+
+def _soft_tile(arch: str, dtype: torch.dtype, precision: str, block_k: int) -> Config:
+    # The old instructions read their operands from registers: more threads have more of them.
+    old = arch == "sm80"
+    if dtype == torch.float32:
+        return Config(64, 32, 16 if old and precision == "tf32x3" else 32, 8 if old or arch == "sm100" else 4, 2)
+    return Config(64, 32 if old or arch == "sm100" else 64, block_k, 8 if old else 4, 2)
+
+
+def _fitted(config: Config, arch: str, dtype: torch.dtype, width: int, precision: str) -> Config:
+    """With D in one piece where that fits, else in chunks that it fills."""
+    if width <= whole_width(arch, dtype, precision):
+        return replace(config, block_k=max(16, next_power(width)), num_stages=2)
+    return replace(config, block_k=narrowed(config.block_k, width))

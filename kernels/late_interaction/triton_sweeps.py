@@ -12,12 +12,14 @@ from ..contrastive.triton_kernels.configurations import Config
 from ..contrastive.triton_kernels.launching import cdiv
 from .backends import Request, empty_kept
 from .token_sets import TokenSets
-from .triton_configurations import held_rows, max_config, next_power, whole_width
+from .triton_configurations import held_rows, max_config, next_power
 from .triton_kernels.max_sweep import max_long, max_sweep
 from .triton_kernels.sets import Side
 
 # Streamed tokens for which a program loads its held rows once, if there are programs enough without.
 _TOKENS, _PROGRAMS = 512, 2048
+# Triton knows of a stride whether it is a multiple of that, and of an address in bytes.
+_VECTOR = 16
 
 
 class Directed(NamedTuple):
@@ -65,7 +67,7 @@ def _launch(
 ) -> None:
     scores = of_held.scores if of_held.scores is not None else of_streamed.scores
     assert scores is not None
-    arch, dtype, width = launching.architecture(scores.device), held.tokens.dtype, held.tokens.shape[1]
+    arch, dtype, width = launching.architecture(scores.device), held.tokens.dtype, filled_width(held.tokens.shape[1])
     candidates = request.candidates
     config = max_config(
         arch,
@@ -91,7 +93,7 @@ def _launch(
         "candidates": candidates,
         "d": width,
         "PAIRS": (1 if held_is_x else 2) if candidates else 0,
-        "WHOLE": width <= whole_width(arch, dtype, request.precision),
+        "WHOLE": width <= config.block_k,
         "EVEN": width > 0 and width % config.block_k == 0,
         "PRECISION": request.precision,
         "INTERPRETED": launching.interpreting(),
@@ -120,9 +122,9 @@ def _batches(held: TokenSets, streamed: TokenSets, config: Config, span: int) ->
 
 
 def side_of(sets: TokenSets) -> Side:
-    """The sets as the kernels take them."""
+    """The sets as the kernels take them, D filled up to `filled_width`."""
     keep = None if sets.keep is None else sets.keep.contiguous().view(torch.uint8)
-    tokens = launching.near(sets.tokens)
+    tokens = _loadable(sets.tokens)
     return Side(
         tokens,
         tokens.stride(),
@@ -141,3 +143,22 @@ def ends_of(sets: TokenSets) -> Tensor:
         return sets.lengths if sets.keep is None else sets.lengths.masked_fill(sets.counts() == 0, 0)
     places = torch.arange(1, sets.padded + 1, device=sets.keep.device)
     return (sets.keep.view(sets.count, sets.padded) * places).amax(1)
+
+
+def filled_width(width: int) -> int:
+    """D as the kernels see it, see `side_of`."""
+    return cdiv(width, _VECTOR) * _VECTOR
+
+
+def _loadable(tokens: Tensor) -> Tensor:
+    """The tokens as their memory has them, if rows start where several numbers are loaded at once; else a copy that does.
+
+    Its rows are filled up with zeros, which change no product. A load of single numbers takes more registers than there are,
+    and a copy is read but once where the products read the tokens for every set of the other side.
+    """
+    tokens = launching.near(tokens)
+    rest = filled_width(tokens.shape[1]) - tokens.shape[1]
+    loadable = tokens.stride(1) == 1 and tokens.stride(0) % _VECTOR == 0 and tokens.data_ptr() % _VECTOR == 0
+    if not tokens.numel() or (loadable and not rest):
+        return tokens
+    return torch.nn.functional.pad(tokens, (0, rest)).contiguous()

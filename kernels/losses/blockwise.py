@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..contrastive.autograd import differentiated_once
+
 #: formula(rows, *tensors of those rows, *tensors of all): a scalar.
 Formula = Callable[..., Tensor]
 
@@ -53,19 +55,20 @@ class _BlockwiseSum(torch.autograd.Function):
                 part, leaves, [each if k >= cut or each is None else each[rows] for k, each in enumerate(sums)]
             )
             total = part.detach() if total is None else total + part.detach()
-        ctx.save_for_backward(*sums)
+        ctx.save_for_backward(*sums, *tensors)
         ctx.dtypes = [None if each is None else each.dtype for each in tensors]
         assert total is not None
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = [
-            None if each is None else (each * grad.to(each.dtype)).to(dtype)
-            for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return None, None, None, *found
+        sums, tensors = ctx.saved_tensors[: len(ctx.dtypes)], ctx.saved_tensors[len(ctx.dtypes) :]
+        with torch.no_grad():
+            found = [
+                None if each is None else (each * grad.to(each.dtype)).to(dtype)
+                for each, dtype in zip(sums, ctx.dtypes, strict=True)
+            ]
+        return None, None, None, *differentiated_once("blockwise", found, [*tensors, grad])
 
 
 def _add_gradients(part: Tensor, leaves: Sequence[Tensor | None], sums: Sequence[Tensor | None]) -> None:

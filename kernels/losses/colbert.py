@@ -15,7 +15,7 @@ from .base import check_scalar
 from .blockwise import blockwise_sum
 from .clip import checked_weights
 from .log_domain import softplus
-from .score_terms import ScoredPairs, Sets, TokenLoss, check_sets, col_terms, counted_pairs, row_terms
+from .score_terms import ScoredPairs, Sets, TokenLoss, check_sets, col_terms, counted_pairs, row_terms, times
 
 _MAX = MaxPooling()
 _IN_BATCH = ("cross_entropy", "hardest")
@@ -41,9 +41,9 @@ class ColbertLoss(TokenLoss):
     loss is that of the batch without it and its negatives, and `dropped_pairs` counts such pairs. If all are dropped the
     mean is NaN. Negatives without a token are left out.
 
-    These are the losses of other packages (which mask no query tokens, and of colpali-engine the zero vectors):
-    PyLate's `Contrastive` is negatives="all", its temperature ours; colpali-engine's `ColbertLoss` is temperature=0.02,
-    normalize_scores=True, `ColbertPairwiseCELoss` in_batch="hardest" as well, and `ColbertNegativeCELoss` and
+    Other packages' losses are settings of this one, but for padding, which colpali-engine leaves in the maximum as zero
+    vectors. PyLate's `Contrastive` is negatives="all". colpali-engine's have normalize_scores=True and temperatures of their own, 0.02
+    or 1: its `ColbertLoss` is ours, `ColbertPairwiseCELoss` in_batch="hardest", and `ColbertNegativeCELoss` and
     `ColbertPairwiseNegativeCELoss` are these two with negatives="pairwise", in_batch_weight=0.5. Its smooth maximum is
     `pooling=LogSumExpPooling(tau)`. Its `ColbertSigmoidLoss` is `over_scores` of `SigLipLoss`, divided by the batch size.
 
@@ -57,6 +57,8 @@ class ColbertLoss(TokenLoss):
         in_batch_weight: w, from 0 to 1. At 0 a call with pairwise negatives scores no other documents.
         direction_weights: (query to document, document to query). The second contrasts a document with all queries.
         pooling: of a query token's similarities with a document's, instead of the maximum.
+        negative_filter: (threshold, factor) or None: in-batch documents that score above threshold times the own one may be
+            answers too, and their scores are multiplied with the factor (colpali-engine has (0.95, 0.5)). Of queries alone.
         query_block: None, or how many queries are scored at a time: the matrix of scores then never exists as a whole, and
             neither does its gradient, at no more computation. Needs direction_weights=(w, 0) and a reduction.
         options: rank, world_size, local_loss, group, strategy, reduction, as in `ClipLoss`; reduction="none" gives 0 for
@@ -76,6 +78,7 @@ class ColbertLoss(TokenLoss):
         in_batch_weight: float = 0.5,
         direction_weights: tuple[float, float] = (1.0, 0.0),
         pooling: Pooling = _MAX,
+        negative_filter: tuple[float, float] | None = None,
         query_block: int | None = None,
         **options: Any,
     ) -> None:
@@ -88,6 +91,8 @@ class ColbertLoss(TokenLoss):
         if not 0 <= in_batch_weight <= 1:
             raise ValueError(f"in_batch_weight={in_batch_weight!r}: expected a number from 0 to 1")
         check_pooling(pooling)
+        if negative_filter is not None and (not isinstance(negative_filter, tuple) or len(negative_filter) != 2):
+            raise ValueError(f"negative_filter={negative_filter!r}: expected (threshold, factor) or None")
         self.temperature = float(temperature)
         self.normalize_scores = normalize_scores
         self.hardest = in_batch == "hardest"
@@ -95,6 +100,7 @@ class ColbertLoss(TokenLoss):
         self.in_batch_weight = float(in_batch_weight)
         self.direction_weights = checked_weights(direction_weights)
         self.pooling = pooling
+        self.negative_filter = negative_filter
         self.query_block = query_block
         if query_block is not None:
             self._check_block(query_block)
@@ -129,7 +135,7 @@ class ColbertLoss(TokenLoss):
             logit_scale: a factor of the scores, a float or a tensor of shape [] or [1].
             query_mask, document_mask: bool [batch, Lq] and [batch, Ld], True for tokens that count; None: all.
             output_dict: return {"contrastive_loss": loss}.
-            negative_tokens: [batch, K, Ln, D], documents that do not answer their query.
+            negative_tokens: [batch, K, Ln, D], documents that do not answer their query. On several ranks all pass them or none.
             negative_mask: bool [batch, K, Ln].
             start: position of query 0's document; on several ranks 0.
 
@@ -167,9 +173,11 @@ class ColbertLoss(TokenLoss):
         if pairwise and not self.in_batch_weight and not of_documents:
             own = documents.rows(pairs.start, pairs.start + len(queries.tokens))
             scores = self._scores(queries, Sets(own.tokens[:, None], None if own.mask is None else own.mask[:, None]))
-            return of_queries * pairs.only_counted(_pairwise(extra, pairs.only_counted(scores[:, 0]) * scale))
+            own_scores = times(pairs.only_counted(scores[:, 0]), scale)
+            return of_queries * pairs.only_counted(_pairwise(extra, own_scores))
         scaled = pairs.scaled(self._scores(queries, documents), scale)
-        terms = row_terms(scaled, pairs, None if pairwise else extra, hardest=self.hardest)
+        of_rows = scaled if self.negative_filter is None else _filtered(scaled, pairs, *self.negative_filter)
+        terms = row_terms(of_rows, pairs, None if pairwise else extra, hardest=self.hardest)
         if pairwise:
             of_negatives = pairs.only_counted(_pairwise(extra, pairs.own(scaled)))
             terms = self.in_batch_weight * terms + (1 - self.in_batch_weight) * of_negatives
@@ -212,11 +220,16 @@ class ColbertLoss(TokenLoss):
 def _scaled(scores: Tensor, documents: Sets, scale: float | Tensor) -> Tensor:
     """scale * scores [n, K], -inf for documents without a token, which give no gradient to the scale either."""
     present = documents.present()
-    if isinstance(scale, Tensor):
-        scale = scale.reshape(()).to(scores.dtype)
     if present is None:
-        return scores * scale
-    return (scores.masked_fill(~present, 0) * scale).masked_fill(~present, -torch.inf)
+        return times(scores, scale)
+    return times(scores.masked_fill(~present, 0), scale).masked_fill(~present, -torch.inf)
+
+
+def _filtered(scaled: Tensor, pairs: ScoredPairs, threshold: float, factor: float) -> Tensor:
+    """Scores [n, M] with those above threshold * own multiplied by the factor, the own ones as they are."""
+    own = pairs.own(scaled).detach()[:, None]
+    likely = (scaled.detach() > threshold * own) & ~pairs.own_columns(scaled)
+    return torch.where(likely, factor * scaled, scaled)
 
 
 def _pairwise(negatives: Tensor | None, own: Tensor) -> Tensor:

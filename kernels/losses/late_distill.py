@@ -14,7 +14,7 @@ from ..distributed import gather_counts, gather_ids
 from ..late_interaction import MaxPooling, Pooling, maxsim
 from ..late_interaction.pooling import check_pooling
 from .base import check_scalar
-from .score_terms import ScoredPairs, Sets, TokenLoss, check_sets
+from .score_terms import ScoredPairs, Sets, TokenLoss, check_sets, times
 
 _FORMS = ("kl", "margin_mse")
 _MAX = MaxPooling()
@@ -96,38 +96,31 @@ class LateDistillationLoss(TokenLoss):
             ValueError, TypeError: shapes, dtypes, masks or devices that do not fit.
         """
         queries, candidates = Sets(query_tokens, query_mask), Sets(candidate_tokens, candidate_mask)
-        check_sets(queries, "query_tokens")
-        check_sets(candidates, "candidate_tokens", dims=4)
+        _check(queries, candidates, teacher_scores)
         check_scalar("logit_scale", logit_scale)
-        shape = candidate_tokens.shape[:2]
-        if shape[0] != query_tokens.shape[0] or shape[1] < 2:
-            raise ValueError(
-                f"candidate_tokens {list(candidate_tokens.shape)} with {query_tokens.shape[0]} queries: expected "
-                f"[{query_tokens.shape[0]}, K, tokens, features] with K of at least 2"
-            )
-        if not isinstance(teacher_scores, Tensor) or teacher_scores.shape != shape:
-            raise ValueError(f"teacher_scores is {described(teacher_scores)}: expected a tensor {list(shape)}")
         scores = maxsim(
             *(query_tokens, candidate_tokens, query_mask, candidate_mask),
             pooling=self.pooling,
             aggregate="mean" if self.normalize_scores else "sum",
         )
         teacher = teacher_scores.detach().to(scores.dtype)
+        there, counts = self._there(queries, candidates, teacher)
+        left_out = ~(there & counts[:, None])
+        scores, teacher = (each.masked_fill(left_out, 0) for each in (scores, teacher))
+        # Queries that are dropped compare zeros, whose gradient is never asked for.
+        terms = self._terms(times(scores, logit_scale), teacher, there | ~counts[:, None])
+        loss = self._reduced(terms.masked_fill(~counts, 0), self._pairs(counts))
+        return {"distill_loss": loss} if output_dict else loss
+
+    def _there(self, queries: Sets, candidates: Sets, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """bool [batch, K]: the candidates that count; bool [batch]: the queries that do."""
         there = ~teacher.isneginf()
         if (present := candidates.present()) is not None:
             there = there & present
         counts = there.sum(1) > 1
         if (present := queries.present()) is not None:
             counts = counts & present
-        if self.form == "margin_mse":
-            counts = counts & there[:, 0]
-        # Queries that are dropped compare nothing with nothing: numbers whose gradient is never asked for.
-        there = there | ~counts[:, None]
-        scores = scores.masked_fill(~(there & counts[:, None]), 0)
-        scores = scores * (logit_scale.reshape(()).to(scores.dtype) if isinstance(logit_scale, Tensor) else logit_scale)
-        terms = self._terms(scores, teacher.masked_fill(~(there & counts[:, None]), 0), there)
-        loss = self._reduced(terms.masked_fill(~counts, 0), self._pairs(counts))
-        return {"distill_loss": loss} if output_dict else loss
+        return there, counts & there[:, 0] if self.form == "margin_mse" else counts
 
     def _terms(self, scores: Tensor, teacher: Tensor, there: Tensor) -> Tensor:
         if self.min_max:
@@ -148,3 +141,15 @@ class LateDistillationLoss(TokenLoss):
         shards = gather_counts(len(counts), device=counts.device, group=self._group())
         counted = gather_ids(counts.to(torch.int64), shards).sum()
         return ScoredPairs(shards, 0, None, None, counted, shards.total - counted)
+
+
+def _check(queries: Sets, candidates: Sets, teacher: Tensor) -> None:
+    check_sets(queries, "query_tokens")
+    check_sets(candidates, "candidate_tokens", dims=4)
+    n, shape = queries.tokens.shape[0], candidates.tokens.shape
+    if shape[0] != n or shape[1] < 2:
+        raise ValueError(
+            f"candidate_tokens {list(shape)} with {n} queries: expected [{n}, K, tokens, features] with K of at least 2"
+        )
+    if not isinstance(teacher, Tensor) or teacher.shape != shape[:2]:
+        raise ValueError(f"teacher_scores is {described(teacher)}: expected a tensor {list(shape[:2])}")

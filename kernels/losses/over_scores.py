@@ -43,6 +43,7 @@ def over_scores(
         ValueError: two matrices for a loss that has no `direction_weights`, and what the loss raises.
 
     Example:
+        # On several ranks first `_, d, d_mask = pairtile.kernels.distributed.gather_tokens(d, d_mask, group=group)`.
         loss = over_scores(SigLipLoss(), maxsim(q, d, q_mask, d_mask), None, scale, logit_bias=bias)
     """
     partners = torch.zeros_like(of_images)

@@ -49,6 +49,11 @@ class Sets(NamedTuple):
         return shards, Sets(tokens, mask)
 
 
+def times(scores: Tensor, scale: float | Tensor) -> Tensor:
+    """scale * scores in the dtype of the scores."""
+    return scores * (scale.reshape(()).to(scores.dtype) if isinstance(scale, Tensor) else scale)
+
+
 @dataclass(frozen=True, eq=False)
 class ScoredPairs:
     """Which scores of a matrix [n, M] are pairs, and which count. Row i's own column is start + i.
@@ -73,19 +78,23 @@ class ScoredPairs:
         """scale * scores [n, M]; 0 where a row or column does not count, so that no -inf meets a gradient of 0."""
         if self.rows is not None and self.cols is not None:
             scores = scores.masked_fill(~(self.rows[:, None] & self.cols), 0)
-        return scores * (scale.reshape(()).to(scores.dtype) if isinstance(scale, Tensor) else scale)
+        return times(scores, scale)
 
     def own(self, scaled: Tensor) -> Tensor:
         """[n]: each row with its own column."""
         return scaled[:, self.start : self.start + scaled.shape[0]].diagonal()
 
+    def own_columns(self, scaled: Tensor) -> Tensor:
+        """bool [n, M]: the pairs."""
+        n, m = scaled.shape
+        own = torch.arange(self.start, self.start + n, device=scaled.device)
+        return torch.arange(m, device=scaled.device) == own[:, None]
+
     def others(self, scaled: Tensor) -> Tensor:
         """[n, M]: -inf for the pairs, and for whatever does not count."""
-        n, m = scaled.shape
-        at = torch.arange(m, device=scaled.device)
-        left_out = at == torch.arange(self.start, self.start + n, device=scaled.device)[:, None]
+        left_out = self.own_columns(scaled)
         if self.rows is not None and self.cols is not None:
-            left_out |= ~(self.rows[:, None] & self.cols)
+            left_out = left_out | ~(self.rows[:, None] & self.cols)
         return scaled.masked_fill(left_out, -torch.inf)
 
     def block(self, rows: slice) -> ScoredPairs:

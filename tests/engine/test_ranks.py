@@ -56,6 +56,7 @@ def runs(tmp_path_factory):
 @pytest.mark.slow
 def test_zero_stages_and_ranks_give_one_curve(tiny, runs):
     configurations = [(ranks, stage) for ranks in (1, 2) for stage in (0, 1, 2, 3)]
+    late = {"objectives": [{"name": "filip"}], "model.tokens": {"dim": 24}, "model.embed_dim": None}
     for ranks in (1, 2):
         recipes = [
             tiny(
@@ -65,6 +66,7 @@ def test_zero_stages_and_ranks_give_one_curve(tiny, runs):
             )
             for stage in (0, 1, 2, 3)
         ]
+        recipes.append(tiny(output=str(runs / f"{ranks}-late"), **late, **{"train.steps": 4, "train.zero_stage": 2}))
         train_on(ranks, recipes, runs)
     expected = losses(runs / "1-0")
     assert sorted(expected) == list(range(1, STEPS + 1))
@@ -73,6 +75,7 @@ def test_zero_stages_and_ranks_give_one_curve(tiny, runs):
         # float32: ranks add gradients in another order and ZeRO updates flat buffers (other roundings of the same
         # operations, 6e-8 each); Adam's division by the root of small second moments makes them 1e-5 in ten steps
         assert losses(runs / f"{ranks}-{stage}") == pytest.approx(expected, rel=1e-5), (ranks, stage)
+    assert losses(runs / "2-late") == pytest.approx(losses(runs / "1-late"), rel=1e-5)
     # consolidated weights: the same tensors whatever the stage
     reference = load_file(runs / "1-0" / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")
     for ranks, stage in configurations:

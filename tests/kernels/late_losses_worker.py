@@ -9,20 +9,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from late_loss_cases import LOSSES, batch
+from late_loss_cases import LOSSES, OVER_RANKS, batch
 from pairtile.kernels import use_backend
 
 
 def run(name: str, sizes: list[int], rank: int, options: dict) -> dict:
     """Value, gradients and dropped pairs of a rank's share. Rank r's sets are padded to lengths of its own."""
     start = sum(sizes[:rank])
-    b = batch(sum(sizes), empty=sum(sizes) > 3).rows(slice(start, start + sizes[rank]))
+    case = (LOSSES | OVER_RANKS)[name]
+    b = batch(sum(sizes), empty=name in LOSSES).rows(slice(start, start + sizes[rank]))
     if rank:
         b.y, b.y_mask = b.y[:, :2], b.y_mask[:, :2]
     leaves = [*b.leaves(), torch.tensor([4.0], dtype=torch.float64, requires_grad=True)]
-    loss = LOSSES[name].make(rank=rank, world_size=len(sizes), **options)
+    loss = case.make(rank=rank, world_size=len(sizes), **options)
     with use_backend("torch"):
-        value = LOSSES[name].call(loss, b, leaves[-1])
+        value = case.call(loss, b, leaves[-1])
     value.sum().backward()
     gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
     return {"value": value.detach(), "gradients": gradients, "dropped": loss.dropped_pairs}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import late_losses as reference
-from late_loss_cases import LOSSES, Batch, batch
+from late_loss_cases import LOSSES, OVER_RANKS, Batch, batch
 from pairtile.kernels import (
     ClipLoss,
     ColbertLoss,
@@ -108,6 +108,28 @@ def test_well_aligned_pairs_do_not_cancel():
         assert (values[0] - values[1]).norm() < 1e-4 * values[1].norm()
 
 
+@pytest.mark.parametrize("make", [FilipLoss, ColbertLoss, lambda: ColbertLoss(query_block=2)])
+def test_sixteen_bits_in_float32_out(make):
+    b = batch(5)
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        x, y = (each.nan_to_num().bfloat16().to(dtype, copy=True).requires_grad_() for each in (b.x, b.y))
+        loss = make()(x, y, 3.0, b.x_mask, b.y_mask)
+        loss.backward()
+        assert x.grad.dtype == dtype
+        results.append((loss.detach(), x.grad, y.grad))
+    assert results[0][0].dtype == torch.float32
+    # Gradients are rounded to 8 bits; in blocks, those of each block and their sum.
+    torch.testing.assert_close([each.double() for each in results[0]], list(results[1]), rtol=2**-7, atol=2**-12)
+
+
+def test_blocks_are_not_differentiated_twice():
+    x = torch.randn(3, 2, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(ColbertLoss(query_block=2)(x, x.detach()), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        grad.sum().backward()
+
+
 def test_documents_beside_the_pairs():
     """As colpali-engine has it: more documents than queries, whose own begin at an offset."""
     b = batch(6, empty=True)
@@ -185,14 +207,15 @@ def test_selected_tokens_are_those_closest_to_the_other_modality():
 
 
 def test_two_ranks_equal_one_process(tmp_path):
-    cases = [(name, sizes, {}) for name in LOSSES for sizes in ([4, 3], [0, 6])]
-    cases += [("colbert_own", [2, 4], {"query_block": 2, "reduction": "sum"}), ("filip", [3, 3], {"local_loss": True})]
+    known = LOSSES | OVER_RANKS
+    cases = [(name, sizes, {}) for name in known for sizes in ([4, 3], [0, 6])]
+    cases += [("colbert_own", [0, 6], {"query_block": 4, "reduction": "sum"}), ("filip", [3, 3], {"local_loss": True})]
     ranks = on_two_ranks(WORKER, cases, tmp_path)
     for k, (name, sizes, options) in enumerate(cases):
-        b = batch(sum(sizes), empty=True)
+        b = batch(sum(sizes), empty=name in LOSSES)
         b.y_mask[sizes[0] :, 2:] = False  # rank 1's texts are padded to 2 tokens
-        loss = LOSSES[name].make(reduction=options.get("reduction", "mean"))
-        value, gradients = differentiated(lambda b, s, i=name, m=loss: LOSSES[i].call(m, b, s), b, 4.0, torch.float64)
+        loss = known[name].make(reduction=options.get("reduction", "mean"))
+        value, gradients = differentiated(lambda b, s, i=name, m=loss: known[i].call(m, b, s), b, 4.0, torch.float64)
         given = [rank[k] for rank in ranks]
         # float64: only the order of summation differs.
         close = {"rtol": 1e-10, "atol": 1e-11, "msg": lambda said, case=cases[k]: f"{case}: {said}"}

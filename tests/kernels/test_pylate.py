@@ -72,13 +72,13 @@ def texts(number, seed):
 
 
 def step(make, model, features, labels):
-    """The loss, and the gradient of every parameter, dropout drawn from one seed."""
+    """The loss, and the gradient of all parameters as one vector, dropout drawn from one seed."""
     loss = make(model.train())
     model.zero_grad()
     torch.manual_seed(3)
     value = loss([dict(each) for each in features], labels)
     value.backward()
-    return [value.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    return value.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize(
@@ -104,10 +104,9 @@ def test_a_training_step_is_theirs(colbert, served, relative_error, make):
     with pairtile_pylate.enabled():
         given = step(make, colbert, features, labels)
     assert served
-    assert len(given) == len(expected) > 30
+    assert expected[1].norm() > 1e-2
     for result, truth in zip(given, expected, strict=True):
-        # The gradient of a key's bias is 0 but for rounding.
-        assert relative_error(result, truth, size=1e-2) < 1e-5
+        assert relative_error(result, truth) < 1e-5
 
 
 def test_reranking_is_theirs(colbert, served):

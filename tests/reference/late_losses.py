@@ -33,6 +33,14 @@ def row_terms(scores: Tensor, extra: list[Tensor] | None = None, *, hardest: boo
     return torch.stack(terms)
 
 
+def filtered(scores: Tensor, threshold: float, factor: float) -> Tensor:
+    """Each score but the own one times the factor, where it is above threshold * own (colpali-engine 0.3.18)."""
+    rows = []
+    for i, row in enumerate(scores):
+        rows.append(torch.stack([s * factor if s > threshold * row[i] and j != i else s for j, s in enumerate(row)]))
+    return torch.stack(rows)
+
+
 def pairwise(own: Tensor, negatives: list[Tensor]) -> Tensor:
     return torch.stack([softplus(each - mine).mean() for mine, each in zip(own, negatives)])
 

@@ -85,6 +85,9 @@ TINY = {
     "clip tf32x3": partial(rows.clip_float32, 20, 16, "tf32x3"),
     "siglip": partial(rows.siglip, 20, 16),
     "linear_cross_entropy": partial(rows.linear_cross_entropy, 20, 40, 16),
+    "maxsim": partial(rows.maxsim, 2, 5, 3, 20, 16),
+    "colbert": partial(rows.colbert, 3, 5, 20, 16),
+    "filip": partial(rows.filip, 3, 6, 5, 16),
 }
 
 

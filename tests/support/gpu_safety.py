@@ -129,7 +129,8 @@ class GpuSafety:
         if isinstance(argument, Tensor):
             return self._guarded_tensor(argument)
         if isinstance(argument, tuple):
-            return tuple(self._guarded(each) for each in argument)
+            guarded = [self._guarded(each) for each in argument]
+            return type(argument)(*guarded) if hasattr(argument, "_fields") else tuple(guarded)
         if dataclasses.is_dataclass(argument) and hasattr(argument, "base"):  # a tensor descriptor
             return dataclasses.replace(argument, base=self._guarded_tensor(argument.base))
         return argument

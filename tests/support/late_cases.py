@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class Case:
         dtype: under test.
         chooses: whether there is a maximum at all.
         exact: whether the products of small integers stay integers: nothing is normalised.
+        sizes: of a gradient whose terms cancel, the norm of the sums of their absolute values.
     """
 
     call: Callable[..., tuple[Tensor, ...]]
@@ -47,6 +48,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     chooses: bool = True
     exact: bool = True
+    sizes: dict[str, float] = field(default_factory=dict)
 
     def to(self, dtype: torch.dtype) -> list[Tensor]:
         return [each.to(dtype) for each in self.operands]
@@ -66,14 +68,19 @@ def outcome(case: Case, operands: list[Tensor]) -> dict[str, Tensor]:
     """The scores and the gradient of every operand, by name, for fixed upstream gradients."""
     leaves = [each.detach().requires_grad_() for each in operands]
     scores = case.call(*leaves)
-    generator = torch.Generator().manual_seed(5)
     total = sum(
-        (each.masked_fill(each.isinf(), 0) * torch.randn(each.shape, generator=generator).to(each.dtype)).sum()
-        for each in scores
+        (each.masked_fill(each.isinf(), 0) * upstream.to(each.dtype)).sum()
+        for each, upstream in zip(scores, upstreams(scores), strict=True)
     )
     gradients = torch.autograd.grad(total + 0 * leaves[0].sum(), leaves, materialize_grads=True)
     found = {f"scores {k}": each.detach() for k, each in enumerate(scores)}
     return found | {f"d{name}": each for name, each in zip(case.names, gradients, strict=True)}
+
+
+def upstreams(scores: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the scores, the same for the same shapes."""
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(each.shape, generator=generator) for each in scores]
 
 
 def random_case(family: str, seed: int) -> Case:
@@ -232,7 +239,34 @@ def _soft_case(choose: random.Random) -> Case:
         scores = torch.einsum("ipd,jrd->ijpr", x, y)
         return [scores, scores.transpose(2, 3)]
 
-    return Case(call, [x, y], similarities, dtype=dtype, chooses=kind is TopMeanPooling)
+    case = Case(call, [x, y], similarities, dtype=dtype, chooses=kind is TopMeanPooling)
+    if kind is SoftmaxPooling:
+        case.sizes = _sizes_of_soft_gradients(case, x_mask, y_mask, temperature)
+    return case
+
+
+def _sizes_of_soft_gradients(
+    case: Case, x_mask: Tensor | None, y_mask: Tensor | None, temperature: float
+) -> dict[str, float]:
+    """The weight of a product is p (1 + (s - mean) / t): near the maximum of a sharp softmax little is left of s - mean."""
+    x, y = case.to(torch.float64)
+    masks = [
+        torch.ones(each.shape[:2], dtype=torch.bool) if mask is None else mask
+        for each, mask in ((x, x_mask), (y, y_mask))
+    ]
+    dx, dy = torch.zeros_like(x), torch.zeros_like(y)
+    for turned, upstream in enumerate(upstreams(case.call(x, y))):
+        own, other = (y, x) if turned else (x, y)
+        scores = torch.einsum("ipd,jrd->ijpr", own, other)
+        allowed = masks[1 - turned][None, :, None] & masks[turned][:, None, :, None]
+        p = scores.div(temperature).masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0)
+        mean = (p * scores).sum(-1, keepdim=True)
+        weights = p * (1 + (scores.abs() + mean.abs()) / temperature)
+        weights = weights * (upstream.T if turned else upstream).abs()[:, :, None, None]
+        of_own, of_other = (dy, dx) if turned else (dx, dy)
+        of_own += torch.einsum("ijpr,jrd->ipd", weights, other.abs())
+        of_other += torch.einsum("ijpr,ipd->jrd", weights, own.abs())
+    return {"dx": float(dx.norm()), "dy": float(dy.norm())}
 
 
 def _project_case(choose: random.Random) -> Case:

@@ -7,11 +7,21 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 import late_losses as reference
-from pairtile.kernels import ColbertLoss, FilipLoss, LateDistillationLoss
+from pairtile.kernels import (
+    ColbertLoss,
+    FilipLoss,
+    LateDistillationLoss,
+    TripletLoss,
+    filip_similarity,
+    flops_regulariser,
+    over_scores,
+)
+from pairtile.kernels.distributed import gather_tokens
 
 
 @dataclass
@@ -65,7 +75,7 @@ class Loss(NamedTuple):
 
     make: Callable[..., Any]
     call: Callable[[Any, Batch, Tensor], Tensor]
-    terms: Callable[[Batch, Tensor], Tensor]
+    terms: Callable[[Batch, Tensor], Tensor] | None
 
 
 def _filip(weights: tuple[float, float]) -> Callable[[Batch, Tensor], Tensor]:
@@ -85,6 +95,7 @@ def _colbert(**options: Any) -> Callable[[Batch, Tensor], Tensor]:
     negatives, weight = options.get("negatives"), options.get("in_batch_weight", 0.5)
     of_queries, of_documents = options.get("direction_weights", (1.0, 0.0))
     hardest = options.get("in_batch") == "hardest"
+    filtering = options.get("negative_filter", (1.0, 1.0))
 
     def terms(b: Batch, scale: Tensor) -> Tensor:
         scores = scale * scale_of * reference.token_scores(b.x, b.y, b.x_mask, b.y_mask, mean=mean)
@@ -97,7 +108,7 @@ def _colbert(**options: Any) -> Callable[[Batch, Tensor], Tensor]:
             found = reference.token_scores(b.x[one], given[0][present], b.x_mask[one], given[1][present], mean=mean)
             extra.append(scale * scale_of * found[0])
         inside = extra if negatives in ("own", "all") else None
-        found = reference.row_terms(scores, inside, hardest=hardest)
+        found = reference.row_terms(reference.filtered(scores, *filtering), inside, hardest=hardest)
         if negatives == "pairwise":
             found = weight * found + (1 - weight) * reference.pairwise(scores.diagonal(), extra)
         return of_queries * found + of_documents * reference.row_terms(scores.T, hardest=hardest)
@@ -155,8 +166,43 @@ LOSSES = {
     "colbert_own": _colbert_loss(negatives="own"),
     "colbert_all": _colbert_loss(negatives="all"),
     "colbert_hardest": _colbert_loss(in_batch="hardest", direction_weights=(0.5, 0.5)),
+    "colbert_filtered": _colbert_loss(negative_filter=(0.6, 0.5)),
     "colbert_pairwise": _colbert_loss(negatives="pairwise", in_batch_weight=0.3),
     "colbert_negatives_alone": _colbert_loss(negatives="pairwise", in_batch_weight=0.0),
     "distillation": _distillation(temperature=0.7),
     "margin_mse": _distillation(form="margin_mse"),
+}
+
+
+class _OfScores:
+    """Hinges on the hardest of a matrix of scores, whose texts were gathered."""
+
+    dropped_pairs = 0
+
+    def __init__(self, rank: int = 0, world_size: int = 1, **options: Any) -> None:
+        self.group = dist.group.WORLD if world_size > 1 else None
+        self.loss = TripletLoss(margin=1.0, mining="hardest", rank=rank, world_size=world_size)
+
+    def __call__(self, b: Batch, scale: Tensor) -> Tensor:
+        shards, y, y_mask = gather_tokens(b.y, b.y_mask, group=self.group)
+        both = filip_similarity(b.x, y, b.x_mask, y_mask)
+        return over_scores(self.loss, *both, scale, start=shards.start)
+
+
+class _Flops:
+    """The regulariser of the first tokens."""
+
+    dropped_pairs = 0
+
+    def __init__(self, rank: int = 0, world_size: int = 1, **options: Any) -> None:
+        self.group = dist.group.WORLD if world_size > 1 else None
+
+    def __call__(self, b: Batch, scale: Tensor) -> Tensor:
+        return flops_regulariser(scale * b.x[:, 0], group=self.group)
+
+
+#: What is compared with itself on one process.
+OVER_RANKS = {
+    name: Loss(make, lambda loss, b, scale: loss(b, scale), None)
+    for name, make in (("over_scores", _OfScores), ("flops", _Flops))
 }

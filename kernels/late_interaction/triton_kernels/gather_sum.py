@@ -11,9 +11,9 @@ from ...contrastive.triton_kernels.elementwise import rounded, wide
 
 
 class Weights(NamedTuple):
-    """What each pair's rows are weighted with: values at owner * strides[0] + source set * strides[1]."""
+    """What each pair's rows are weighted with: grads at owner * strides[0] + source set * strides[1]."""
 
-    values: Any
+    grads: Any
     strides: tuple[int, ...]
 
 
@@ -78,9 +78,9 @@ def gather_sum(
             known = (partner < partners) & (owner >= 0)
             at = tl.load(chosen + wide(partner) * rows + row, mask=known, other=-1)
             known &= at >= 0
-            set_of = partner
+            set_of = partner.to(tl.int64)
             if PAIRS == 1:
-                set_of += owner * candidates
+                set_of += wide(owner) * candidates
             if PAIRS == 2:
                 set_of += owner // candidates
             source = tl.load(source_starts + set_of, mask=known, other=0) + at
@@ -115,7 +115,7 @@ def _weighted(weights, owner, set_of, source, known, side):
     """Each source row [rows, entries] times its weight, [rows, entries, columns]."""
     sources, strides, cols, d = side
     at = wide(owner) * weights.strides[0] + wide(set_of) * weights.strides[1]
-    weight = tl.load(weights.values + at, mask=known, other=0.0)
+    weight = tl.load(weights.grads + at, mask=known, other=0.0)
     used = known & (weight != 0)
     offsets = wide(source)[:, :, None] * strides[0] + wide(cols)[None, None, :] * strides[1]
     loaded = tl.load(sources + offsets, mask=used[:, :, None] & (cols < d)[None, None, :], other=0.0)

@@ -7,7 +7,8 @@ import triton.language as tl
 
 from ...contrastive.triton_kernels.elementwise import wide
 from ...contrastive.triton_kernels.tiles import tile_of
-from .sets import held_block, held_lanes, larger, largest, products, set_sums, streamed_lanes
+from .pairs import pair_of, partners_of
+from .sets import held_lanes, larger, largest, products, set_sums, streamed_lanes, whole_block
 
 #: Above every position.
 _BEYOND: tl.constexpr = tl.constexpr(2**31 - 1)
@@ -51,19 +52,20 @@ def max_sweep(
     if PAIRS == 0:
         i, j = tile_of(program, groups, batches, GROUP)
         first, begin = i * (BM // SPAN), j * SETS
-        stop = tl.minimum(begin + SETS, streamed.sets)
     else:
-        first, begin = _candidates(program, candidates, PAIRS)
-        stop = begin + 1
+        first, begin = pair_of(program, candidates, PAIRS)
+    stop = begin + 1  # which the compiler understands: there is no loop then
+    if SETS > 1:
+        stop = tl.minimum(begin + SETS, streamed.sets)
     which = first + tl.arange(0, BM // SPAN)
     known = which < held.sets
     lanes = held_lanes(held, first, 0, SPAN, BM)
-    whole = _whole(held, lanes, d, WHOLE, EVEN, BM, BK)
+    whole = whole_block(held, lanes, d, WHOLE, EVEN, BM, BK)
     for s in range(begin, stop):
         end = tl.load(streamed.ends + s).to(tl.int32)
         partner, of_partner, pair = s, which, wide(which) * score_strides[0] + wide(s) * score_strides[1]
         if PAIRS > 0:
-            partner, of_partner = _partners(program, candidates, PAIRS)
+            partner, of_partner = partners_of(program, candidates, PAIRS)
             pair = wide(program) + tl.zeros((BM // SPAN,), tl.int32)
             of_partner += tl.zeros((BM // SPAN,), tl.int32)
         best, at, others = _blocks(
@@ -116,8 +118,8 @@ def max_long(
         i, s = tile_of(program, held.sets, streamed.sets, GROUP)
         partner, pair = s, wide(i) * score_strides[0] + wide(s) * score_strides[1]
     else:
-        i, s = _candidates(program, candidates, PAIRS)
-        partner, _ = _partners(program, candidates, PAIRS)
+        i, s = pair_of(program, candidates, PAIRS)
+        partner, _ = partners_of(program, candidates, PAIRS)
         pair = wide(program)
     start, end = tl.load(streamed.starts + s), tl.load(streamed.ends + s).to(tl.int32)
     # Where no position is stored, what lies behind the last token that counts need not be visited.
@@ -126,7 +128,7 @@ def max_long(
     for chunk in range(0, length, BM):
         lanes = held_lanes(held, i, chunk, BM, BM)
         best, at, _ = _blocks(
-            (_whole(held, lanes, d, WHOLE, EVEN, BM, BK), held, lanes, streamed, start, end, d),
+            (whole_block(held, lanes, d, WHOLE, EVEN, BM, BK), held, lanes, streamed, start, end, d),
             (None, None, None),
             True,
             held_chosen is not None,
@@ -144,32 +146,6 @@ def max_long(
         if held_chosen is not None:
             _store_chosen(held_chosen, held, lanes, at, partner)
     tl.store(held_scores + pair + tl.arange(0, 1), tl.where(end == 0, float("-inf"), total))
-
-
-@triton.jit
-def _candidates(program, candidates, PAIRS: tl.constexpr):
-    """The held and the streamed set of a program, one of which is candidate `program` of the other."""
-    if PAIRS == 1:
-        return program // candidates, program
-    else:
-        return program, program // candidates
-
-
-@triton.jit
-def _partners(program, candidates, PAIRS: tl.constexpr):
-    """Where a pair's positions lie among those of its held rows, and among those of its streamed rows."""
-    if PAIRS == 1:
-        return program % candidates, program * 0
-    else:
-        return program * 0, program % candidates
-
-
-@triton.jit
-def _whole(held, lanes, d, WHOLE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
-    if WHOLE:
-        return held_block(held, lanes, 0, d, BM, BK, EVEN)
-    else:
-        return None
 
 
 @triton.jit
@@ -205,23 +181,28 @@ def _blocks(
     best = tl.full((BM, BN), float("-inf"), tl.float32)
     block = tl.zeros((BM, BN), tl.int32)
     others = tl.zeros((BM // SPAN,), tl.float32)
-    # Without a mask all blocks but the last are full, and need no selection either.
-    full = 0
     if pair[3].keep is None:
+        # All blocks but the last are full, and need no selection.
         full = end // BN * BN
         for k in range(0, full, BN):
             best, block, others = _block(
                 pair, to, k, best, block, others, HELD, POSITIONS, STREAMED, False, SPAN, WHOLE, EVEN, PRECISION,
                 INTERPRETED, BM, BN, BK,
             )  # fmt: skip
-    for k in range(full, end, BN):
-        best, block, others = _block(
-            pair, to, k, best, block, others, HELD, POSITIONS, STREAMED, True, SPAN, WHOLE, EVEN, PRECISION,
-            INTERPRETED, BM, BN, BK,
-        )  # fmt: skip
+        if full < end:
+            best, block, others = _block(
+                pair, to, full, best, block, others, HELD, POSITIONS, STREAMED, True, SPAN, WHOLE, EVEN, PRECISION,
+                INTERPRETED, BM, BN, BK,
+            )  # fmt: skip
+    else:
+        for k in range(0, end, BN):
+            best, block, others = _block(
+                pair, to, k, best, block, others, HELD, POSITIONS, STREAMED, True, SPAN, WHOLE, EVEN, PRECISION,
+                INTERPRETED, BM, BN, BK,
+            )  # fmt: skip
     # Without use, both cost nothing.
     top = largest(best, 1, INTERPRETED)
-    at = None
+    at = tl.zeros((BM,), tl.int32)
     if POSITIONS:
         token = block + tl.arange(0, BN)[None, :]
         at = _first(token, best, top[:, None], 1)

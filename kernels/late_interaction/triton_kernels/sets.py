@@ -71,6 +71,15 @@ def held_block(side, lanes, col, d, BM: tl.constexpr, COLS: tl.constexpr, EVEN: 
 
 
 @triton.jit
+def whole_block(side, lanes, d, WHOLE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    """All columns of the lanes, where BK holds them; else something that nobody looks at, for a tuple takes no None."""
+    if WHOLE:
+        return held_block(side, lanes, 0, d, BM, BK, EVEN)
+    else:
+        return lanes[0]
+
+
+@triton.jit
 def streamed_block(
     side, row, counts, col, d, BN: tl.constexpr, COLS: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr
 ):

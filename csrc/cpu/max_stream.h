@@ -1,5 +1,5 @@
-// Maxima over rows that are read once from memory: the products stay in registers, and the rows to come are fetched while
-// these are multiplied. For few columns, where a tile product would wait for memory.
+// Maxima over rows that are read once from memory: the products stay in registers, and the rows to come are fetched
+// while these are multiplied. For few columns, where a tile product would wait for memory.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -113,7 +113,8 @@ void stream_rows(const T* a, int64_t lda, int64_t depth, const T* b, int64_t wid
 
 // values [width] = max(values, A B) over the rows of A [rows, depth] that keep (one bool a row; null: all) lets count.
 template <typename T>
-void stream_maxima(const T* a, int64_t rows, int64_t depth, const bool* keep, const T* b, int64_t width, float* values) {
+void stream_maxima(const T* a, int64_t rows, int64_t depth, const bool* keep, const T* b, int64_t width,
+                   float* values) {
   auto counted = [&](int64_t row, int count) {
     uint32_t bits = 0;
     for (int r = 0; r < count; ++r) {

@@ -1,7 +1,7 @@
 // Soft maxima of each token's similarities with another set's tokens, and their sums over a set.
 //
-// With L = temperature * log sum_q exp(s_q / temperature), a log-sum-exp pools to L, and a softmax to the mean of the s_q
-// under p_q = exp((s_q - L) / temperature). The derivatives by s_q are p_q and p_q (1 + (s_q - mean) / temperature).
+// With L = temperature * log sum_q exp(s_q / temperature), a log-sum-exp pools to L, and a softmax to the mean of the
+// s_q under p_q = exp((s_q - L) / temperature). The derivatives by s_q are p_q and p_q (1 + (s_q - mean) / temperature).
 // Differences of similarities are taken before they are divided: of the largest one, exp(0) = 1 is exact.
 #pragma once
 
@@ -22,8 +22,8 @@ struct SoftTask {
   const TokenSets& others(bool by_x) const { return by_x ? y : x; }
 };
 
-// Scores of one side, float [n, columns]; and, where `kept` is defined, [1, blocks, own rows] of L, or [2, ...] of L and
-// the mean.
+// Scores of one side, float [n, columns]; and, where `kept` is defined, [1, blocks, own rows] of L, or [2, ...] of L
+// and the mean.
 void soft_forward(const SoftTask& task, bool by_x, at::Tensor& scores, at::Tensor& kept);
 
 // What is known of one side: upstream gradients and what its forward kept; undefined if it was not asked for.

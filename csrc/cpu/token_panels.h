@@ -31,7 +31,8 @@ class TokenPanels {
       : sets_(sets), aligned_(aligned), apart_(apart), depth_(padded_depth<To>(sets.width())) {
     // Beside a chunk of the other side, a panel should stay in the second-level cache.
     constexpr int64_t kPanelBytes = int64_t{256} << 10;
-    widest_ = std::clamp<int64_t>(kPanelBytes / (std::max<int64_t>(depth_, 1) * sizeof(To)), kStrip, 512) / kStrip * kStrip;
+    const int64_t columns = kPanelBytes / (std::max<int64_t>(depth_, 1) * sizeof(To));
+    widest_ = std::clamp<int64_t>(columns, kStrip, 512) / kStrip * kStrip;
   }
 
   // Packs sets from `set` on until their columns take `bytes`, at least one set. Returns the first one left.

@@ -56,7 +56,7 @@ struct Side {
 
   int64_t own_sets() const { return by_x ? pairs.n : pairs.m; }
   // How many sets each set meets.
-  int64_t partners() const { return pairs.candidates == 0 ? (by_x ? pairs.m : pairs.n) : (by_x ? pairs.candidates : 1); }
+  int64_t partners() const { return by_x ? pairs.columns() : (pairs.candidates == 0 ? pairs.n : 1); }
   Range partners(int64_t own) const { return by_x ? pairs.of_x(own) : pairs.of_y(own); }
   int64_t row(int64_t own, int64_t other) const { return by_x ? own : other; }
   int64_t column(int64_t own, int64_t other) const { return by_x ? pairs.column(own, other) : pairs.column(other, own); }

@@ -8,13 +8,16 @@ import torch
 
 from ..contrastive.triton_kernels.configurations import Config, narrowed, offered
 
-#: The kernels that multiply.
-KERNELS = ("max", "soft", "soft_backward")
-
 
 def next_power(number: int) -> int:
     """The smallest power of two that is not below it, at least 1."""
     return 1 << max(0, number - 1).bit_length()
+
+
+def check_precision(arch: str, precision: str) -> None:
+    """Raise ValueError for one that Triton does not have on that architecture."""
+    if precision not in offered(arch):
+        raise ValueError(f"precision={precision!r}: on {arch} expected one of {', '.join(offered(arch))}")
 
 
 def held_rows(arch: str, dtype: torch.dtype, precision: str) -> int:
@@ -32,6 +35,7 @@ def whole_width(arch: str, dtype: torch.dtype, precision: str) -> int:
 
 
 def on_tensor_cores(dtype: torch.dtype, precision: str) -> bool:
+    """Whether products are theirs; float32's are exact products of its own unit unless another precision is asked for."""
     return dtype != torch.float32 or precision != "ieee"
 
 
@@ -56,14 +60,9 @@ def max_config(
         rows, cols: of the held and of the streamed side, where they may be fewer than a tile has.
         positions: of the held tokens' maxima, which take as many registers again.
         streamed: scores of the streamed tokens, too.
-
-    Raises:
-        ValueError: a precision that Triton does not have there.
     """
-    if precision not in offered(arch):
-        raise ValueError(f"precision={precision!r}: on {arch} expected one of {', '.join(offered(arch))}")
     block_m, block_n, block_k, warps, stages = _tile(arch, dtype, precision)
-    if positions or streamed:
+    if (positions or streamed) and on_tensor_cores(dtype, precision):
         # Blackwell's threads hold a row each, and with it what belongs to the row.
         block_n = min(block_n, 32 if arch == "sm100" else 64)
         warps = 8
@@ -84,7 +83,7 @@ def gather_tile(width: int, interpreted: bool) -> tuple[int, int, int]:
 
 def _tile(arch: str, dtype: torch.dtype, precision: str) -> tuple[int, int, int, int, int]:
     if not on_tensor_cores(dtype, precision):
-        return 64, 32, 16, 4, 2
+        return 32, 64, 16, 4, 2
     if dtype == torch.float32:
         # The old instructions hold the halves of three products in registers.
         return (64, 32, 16, 8, 2) if arch == "sm80" and precision == "tf32x3" else (64, 64, 32, 4, 2)
@@ -101,7 +100,8 @@ def soft_config(arch: str, dtype: torch.dtype, width: int, precision: str) -> Co
 
 def soft_gradient_config(arch: str, dtype: torch.dtype, width: int, precision: str) -> tuple[Config, int]:
     """The configuration of `soft_gradient`, and how many columns of the gradients a program owns."""
-    cols = min(128 if dtype != torch.float32 else 64, max(16, next_power(width)))
+    most = 128 if dtype != torch.float32 else 32 if arch == "sm100" else 64
+    cols = min(most, max(16, next_power(width)))
     if not on_tensor_cores(dtype, precision):
         # Each thread holds the weights of its rows: few columns at a time.
         return Config(32, 16, 16, 4, 2), cols

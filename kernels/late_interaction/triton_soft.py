@@ -15,7 +15,7 @@ from ..contrastive.triton_kernels.launching import cdiv
 from .backends import Request
 from .pooling import LogSumExpPooling, SoftmaxPooling
 from .token_sets import TokenSets
-from .triton_configurations import next_power, soft_config, soft_gradient_config
+from .triton_configurations import check_precision, next_power, soft_config, soft_gradient_config
 from .triton_kernels.soft_backward import Pooled, soft_gradient
 from .triton_kernels.soft_forward import soft_sweep
 from .triton_sweeps import NOTHING, Directed, filled_width, side_of
@@ -25,6 +25,7 @@ def soft_launches(x: TokenSets, y: TokenSets, scores: list[Tensor], kept: list[T
     """Fills the scores that are asked for and, if there are any, what is kept of them. A direction is a sweep of its own."""
     if not x.count or not y.count:
         return
+    check_precision(launching.architecture(x.tokens.device), request.precision)
     rows, cols = _directions(scores, kept, request)
     if rows is not NOTHING:
         _sweep(x, y, rows, request, held_is_x=True)

@@ -12,7 +12,7 @@ from ..contrastive.triton_kernels.configurations import Config
 from ..contrastive.triton_kernels.launching import cdiv
 from .backends import Request, empty_kept
 from .token_sets import TokenSets
-from .triton_configurations import held_rows, max_config, next_power
+from .triton_configurations import check_precision, held_rows, max_config, next_power
 from .triton_kernels.max_sweep import max_long, max_sweep
 from .triton_kernels.sets import Side
 
@@ -42,6 +42,7 @@ def max_launches(x: TokenSets, y: TokenSets, scores: list[Tensor], kept: list[Te
     """Fills the scores that are asked for, [N, M] or [N, candidates], and, if there are any, the positions kept of them."""
     if not x.count or not y.count:
         return
+    check_precision(launching.architecture(x.tokens.device), request.precision)
     found = iter(Directed(each, kept[k][0] if kept else None) for k, each in enumerate(scores))
     rows, cols = (next(found) if asked else NOTHING for asked in (request.rows, request.cols))
     tile = held_rows(launching.architecture(x.tokens.device), x.tokens.dtype, request.precision)

@@ -104,3 +104,5 @@ LATE_CALLS: dict[str, Callable[[], list[Tensor]]] = {
     "log-sum-exp, long": _call(partial(sides, 2, LONG, 2, 5, 8), LogSumExpPooling(2.0), **_BOTH),
     "project_max": projected,
 }
+#: Those of them that differ in how pairs and rows are addressed.
+LATE_WAYS = ("x held", "both long", "candidates", "candidates, y held", "candidates, long", "softmax, candidates")

@@ -119,7 +119,7 @@ def max_long(
         partner, pair = s, wide(i) * score_strides[0] + wide(s) * score_strides[1]
     else:
         i, s = pair_of(program, candidates, PAIRS)
-        partner, _ = partners_of(program, candidates, PAIRS)
+        partner, of_partner = partners_of(program, candidates, PAIRS)
         pair = wide(program)
     start, end = tl.load(streamed.starts + s), tl.load(streamed.ends + s).to(tl.int32)
     # Where no position is stored, what lies behind the last token that counts need not be visited.
@@ -127,7 +127,7 @@ def max_long(
     total = tl.zeros((1,), tl.float32)
     for chunk in range(0, length, BM):
         lanes = held_lanes(held, i, chunk, BM, BM)
-        best, at, _ = _blocks(
+        best, at, others = _blocks(
             (whole_block(held, lanes, d, WHOLE, EVEN, BM, BK), held, lanes, streamed, start, end, d),
             (None, None, None),
             True,

@@ -56,7 +56,7 @@ def soft_sweep(
     if PAIRS == 0:
         partner, pair = s, wide(which) * score_strides[0] + wide(s) * score_strides[1]
     else:
-        partner, _ = partners_of(program, candidates, PAIRS)
+        partner, of_partner = partners_of(program, candidates, PAIRS)
         pair = wide(program) + tl.zeros((BM // SPAN,), tl.int32)
     stop = BM
     if SPAN == BM:
@@ -64,7 +64,7 @@ def soft_sweep(
     total = tl.zeros((BM // SPAN,), tl.float32)
     for chunk in range(0, stop, BM):
         lanes = held_lanes(held, first, chunk, SPAN, BM)
-        rows, _, counts = lanes
+        rows, inside, counts = lanes
         whole = whole_block(held, lanes, d, WHOLE, EVEN, BM, BK)
         shift = tl.full((BM,), float("-inf"), tl.float32)
         mass, weighted = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)

@@ -1,9 +1,21 @@
 """Token merging: fewer tokens, nearly the same answer."""
 
+from .attention import AttentionTo, fold_size, proportional_attention
 from .crossget import complete_graph_matching, complete_graph_soft_matching
 from .matching import Matching
 from .merging import Merge, Unmerge, merge_source, merge_tokens, merge_wavg
 from .pitome import pitome_margin, pitome_matching, pitome_soft_matching
+from .schedules import (
+    ConstantR,
+    FlopsBudget,
+    KeepRatio,
+    LinearR,
+    Schedule,
+    TargetTokens,
+    schedule_of,
+    tokens_per_layer,
+    transformer_flops,
+)
 from .tome import (
     bipartite_matching,
     bipartite_soft_matching,
@@ -12,13 +24,21 @@ from .tome import (
 )
 
 __all__ = [
+    "AttentionTo",
+    "ConstantR",
+    "FlopsBudget",
+    "KeepRatio",
+    "LinearR",
     "Matching",
     "Merge",
+    "Schedule",
+    "TargetTokens",
     "Unmerge",
     "bipartite_matching",
     "bipartite_soft_matching",
     "complete_graph_matching",
     "complete_graph_soft_matching",
+    "fold_size",
     "kth_bipartite_soft_matching",
     "merge_source",
     "merge_tokens",
@@ -26,5 +46,9 @@ __all__ = [
     "pitome_margin",
     "pitome_matching",
     "pitome_soft_matching",
+    "proportional_attention",
     "random_bipartite_soft_matching",
+    "schedule_of",
+    "tokens_per_layer",
+    "transformer_flops",
 ]

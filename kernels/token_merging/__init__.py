@@ -4,6 +4,7 @@ from .attention import AttentionTo, fold_size, proportional_attention
 from .crossget import complete_graph_matching, complete_graph_soft_matching
 from .matching import Matching
 from .merging import Merge, Unmerge, merge_source, merge_tokens, merge_wavg
+from .patching import is_patched, merged_sizes, merged_sources, patch, unpatch
 from .pitome import pitome_margin, pitome_matching, pitome_soft_matching
 from .schedules import (
     ConstantR,
@@ -39,10 +40,14 @@ __all__ = [
     "complete_graph_matching",
     "complete_graph_soft_matching",
     "fold_size",
+    "is_patched",
     "kth_bipartite_soft_matching",
     "merge_source",
     "merge_tokens",
     "merge_wavg",
+    "merged_sizes",
+    "merged_sources",
+    "patch",
     "pitome_margin",
     "pitome_matching",
     "pitome_soft_matching",
@@ -51,4 +56,5 @@ __all__ = [
     "schedule_of",
     "tokens_per_layer",
     "transformer_flops",
+    "unpatch",
 ]

@@ -141,7 +141,7 @@ class LayerMerging:
         self._keys = keys.mean(2, dtype=torch.promote_types(keys.dtype, torch.float32))
 
     def enter(self, x: Tensor | Tokens, keep: Tensor | None = None) -> Tokens:
-        """The tokens of a layer; keep bool [B, N] says which of the first layer's are not padding.
+        """The tokens of a layer; keep bool [B or 1, N] says which of the first layer's are not padding.
 
         Raises:
             RuntimeError: under reentrant checkpointing, which would lose the gradient without a word.
@@ -155,7 +155,7 @@ class LayerMerging:
                 )
             return x
         batch, count, _ = x.shape
-        size = None if keep is None else torch.where(keep, 1.0, PADDING).unsqueeze(-1)
+        size = None if keep is None else torch.where(keep.expand(batch, count), 1.0, PADDING).unsqueeze(-1)
         every = torch.arange(count, device=x.device).expand(batch, -1)
         return Tokens(
             x,

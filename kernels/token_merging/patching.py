@@ -7,7 +7,6 @@ from functools import partial
 from importlib import import_module
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from .attention import size_bias
@@ -41,7 +40,8 @@ def patch(
     Models: timm's `VisionTransformer` (ViT, CLIP, SigLIP, DINOv2), its distilled DeiT and `Eva` (EVA, DINOv3); transformers'
     `CLIPVisionModel`, `SiglipVisionModel`, `ViTModel`, `Dinov2Model`, with registers too, `BertModel` and `RobertaModel`,
     with the attention implementations "sdpa" and "eager". Rotary embeddings follow the token that a merged one took its
-    place from. Padding of a text is merged before its words and never counted.
+    place from. Padding of a text is never counted, and merged before its words: all of it by "crossget", as many in one layer
+    as they pair up themselves by the others.
 
     Args:
         model: the tower itself, not a model that holds it.
@@ -176,6 +176,6 @@ def _count_sizes(
     query, key = args[:2]
     if merging.size is None or merging.size.shape[1] != key.shape[1]:
         return None
-    bias = size_bias(merging.size, torch.float32).to(query.dtype)
+    bias = size_bias(merging.size, query.dtype).to(query.dtype)
     mask = bias.repeat_interleave(module.num_heads, 0).unsqueeze(1).expand(-1, query.shape[1], -1)
     return args, {**kwargs, "attn_mask": mask}

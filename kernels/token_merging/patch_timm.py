@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -67,23 +68,23 @@ class _MergingModel:
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         model: Any = self
-        pool = super().pool  # type: ignore[misc]
+        pool: Callable[..., Tensor] = super().pool  # type: ignore[misc]
         size, attends = self.merging.size, model.attn_pool is not None
-        if size is None or size.shape[1] != x.shape[1]:
-            return pool(x, pool_type)  # type: ignore[no-any-return]
+        if size is None or size.shape[:2] != x.shape[:2]:
+            return pool(x, pool_type)
         # Eva's attention pooling takes prefix tokens too, its mean does not; the others say so by an option.
         whole = attends if isinstance(self, Eva) else model.pool_include_prefix
         counted = size if whole else size[:, model.num_prefix_tokens :]
         if attends:
             with AttentionTo(counted) if self.merging.proportional else nullcontext():
-                return pool(x, pool_type)  # type: ignore[no-any-return]
+                return pool(x, pool_type)
         kind = model.global_pool if pool_type is None else pool_type
         if kind not in ("avg", "avgmax"):
-            return pool(x, kind)  # type: ignore[no-any-return]
+            return pool(x, kind)
         wide = torch.promote_types(x.dtype, torch.float32)
         share = size.to(wide) / counted.to(wide).mean(1, keepdim=True)
         mean = pool(x * share.to(x.dtype), "avg")
-        return mean if kind == "avg" else 0.5 * (mean + pool(x, "max"))  # type: ignore[no-any-return]
+        return mean if kind == "avg" else 0.5 * (mean + pool(x, "max"))
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("feature maps need all tokens, and this model merges them: unpatch it first")

@@ -34,8 +34,9 @@ def patch(
     As in ToMe (arXiv:2210.09461) tokens are matched by the mean over heads of their keys, merged into the mean over the
     tokens that they stand for, and attention counts these: see `proportional_attention`. Means and attention that pool the
     last tokens count them too. Weights, `state_dict`, options and hooks of the model stay as they are; its layers become
-    subclasses of what they were. Works in training, under activation checkpointing (not its reentrant form), autocast and
-    torch.compile, and can be copied.
+    subclasses of what they were, which hand one another a tuple, and only the last one a tensor. Works in training, under
+    activation checkpointing (not its reentrant form), autocast, torch.compile and torch.export; can be copied and pickled;
+    not under `nn.DataParallel`, whose threads share a layer.
 
     Models: timm's `VisionTransformer` (ViT, CLIP, SigLIP, DINOv2), its distilled DeiT and `Eva` (EVA, DINOv3); transformers'
     `CLIPVisionModel`, `SiglipVisionModel`, `ViTModel`, `Dinov2Model`, with registers too, `BertModel` and `RobertaModel`,
@@ -174,7 +175,7 @@ def _count_sizes(
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]] | None:
     """A forward pre-hook of an attention [B, L, C] to [B, S, C] that pools merged tokens."""
     query, key = args[:2]
-    if merging.size is None or merging.size.shape[1] != key.shape[1]:
+    if merging.size is None or merging.size.shape[:2] != key.shape[:2]:
         return None
     bias = size_bias(merging.size, query.dtype).to(query.dtype)
     mask = bias.repeat_interleave(module.num_heads, 0).unsqueeze(1).expand(-1, query.shape[1], -1)

@@ -84,7 +84,8 @@ def fold_size(q: Tensor, k: Tensor, v: Tensor, size: Tensor, scale: float) -> tu
         flash-attn's takes their `transpose(1, 2)`.
     """
     width = -(-max(q.shape[-1] + 2, v.shape[-1]) // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
-    bias = size_bias(size, k.dtype).clamp(min=_NOTHING) / scale
+    # A small scale would take the score of nothing out of the range of float16, and leave infinities of both signs.
+    bias = (size_bias(size, k.dtype).clamp(min=_NOTHING) / scale).clamp(min=torch.finfo(k.dtype).min)
     high = bias.to(k.dtype)
     columns = torch.stack([high, (bias - high).to(k.dtype)], -1).unsqueeze(1).expand(*k.shape[:3], 2)
     wide_q = torch.cat([q, q.new_ones(*q.shape[:3], 2)], -1)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from timm.layers.attention import Attention, AttentionRope
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva, EvaAttention, EvaBlock
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor
 
 from .attention import AttentionTo
@@ -28,6 +28,17 @@ class MergingBlock(MergingLayer, Block):  # type: ignore[misc]
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
+class MergingResPostBlock(MergingLayer, ResPostBlock):  # type: ignore[misc]
+    unpatched = ResPostBlock
+
+    def attention_half(self, tokens: Tokens, attn_mask: Tensor | None = None, is_causal: bool = False) -> Any:
+        _refuse_masks(attn_mask, is_causal)
+        return tokens.x + self.drop_path1(self.norm1(self.attn(tokens.x)))
+
+    def mlp_half(self, x: Tensor) -> Any:
+        return x + self.drop_path2(self.norm2(self.mlp(x)))
+
+
 class MergingEvaBlock(MergingLayer, EvaBlock):  # type: ignore[misc]
     unpatched = EvaBlock
 
@@ -35,14 +46,32 @@ class MergingEvaBlock(MergingLayer, EvaBlock):  # type: ignore[misc]
         self, tokens: Tokens, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Any:
         _refuse_masks(attn_mask, is_causal)
-        if rope is not None and tokens.merged and tokens.origin is not None:
-            rope = rotary_of(rope, tokens.origin, self.attn.num_prefix_tokens)
-        attended = self.attn(self.norm1(tokens.x), rope=rope)
+        attended = self.attn(self.norm1(tokens.x), rope=_followed(rope, tokens, self.attn.num_prefix_tokens))
         return tokens.x + self.drop_path1(attended if self.gamma_1 is None else self.gamma_1 * attended)
 
     def mlp_half(self, x: Tensor) -> Any:
         found = self.mlp(self.norm2(x))
         return x + self.drop_path2(found if self.gamma_2 is None else self.gamma_2 * found)
+
+
+class MergingEvaBlockPostNorm(MergingLayer, EvaBlockPostNorm):  # type: ignore[misc]
+    unpatched = EvaBlockPostNorm
+
+    def attention_half(
+        self, tokens: Tokens, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Any:
+        _refuse_masks(attn_mask, is_causal)
+        attended = self.attn(tokens.x, rope=_followed(rope, tokens, self.attn.num_prefix_tokens))
+        return tokens.x + self.drop_path1(self.norm1(attended))
+
+    def mlp_half(self, x: Tensor) -> Any:
+        return x + self.drop_path2(self.norm2(self.mlp(x)))
+
+
+def _followed(rope: Tensor | None, tokens: Tokens, prefix: int) -> Tensor | None:
+    if rope is None or tokens.origin is None or not tokens.merged:
+        return rope
+    return rotary_of(rope, tokens.origin, prefix)
 
 
 def rotary_of(rope: Tensor, origin: Tensor, prefix: int) -> Tensor:
@@ -103,7 +132,9 @@ class MergingEva(_MergingModel, Eva):
 
 
 _MODELS = {each.unpatched: each for each in (MergingVisionTransformer, MergingVisionTransformerDistilled, MergingEva)}
-_BLOCKS = {each.unpatched: each for each in (MergingBlock, MergingEvaBlock)}
+_BLOCKS = {
+    each.unpatched: each for each in (MergingBlock, MergingResPostBlock, MergingEvaBlock, MergingEvaBlockPostNorm)
+}
 _ATTENTIONS = (Attention, AttentionRope, EvaAttention)
 
 

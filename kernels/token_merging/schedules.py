@@ -59,15 +59,17 @@ class KeepRatio:
         ratio: at least 0.5 and at most 1, for all layers, or one for each.
     """
 
-    ratio: float | tuple[float, ...]
+    ratio: float | Sequence[float]
 
     def __post_init__(self) -> None:
-        given = self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
-        if not given or not all(0.5 <= each <= 1 for each in given):
+        if not all(0.5 <= each <= 1 for each in self._each(1)):
             raise ValueError(f"ratio={self.ratio!r}: expected shares from 0.5 to 1, as one layer merges at most half")
 
+    def _each(self, layers: int) -> Sequence[float]:
+        return (self.ratio,) * layers if isinstance(self.ratio, (int, float)) else self.ratio
+
     def __call__(self, layers: int, tokens: int, protected: int = 0) -> list[int]:
-        ratios = self.ratio if isinstance(self.ratio, tuple) else (self.ratio,) * layers
+        ratios = self._each(layers)
         if len(ratios) != layers:
             raise ValueError(f"{len(ratios)} ratios for {layers} layers: expected one for each, or a single number")
         found = []
@@ -130,7 +132,7 @@ class FlopsBudget:
 
 
 def schedule_of(r: int | tuple[int, float] | Sequence[int] | Schedule) -> Schedule:
-    """ToMe's ways to say r: a number, (r, inflection), or one for each layer (those left out: 0); or a schedule itself.
+    """ToMe's ways to say r: a number, a pair (r, inflection), or a list of one for each layer (those left out: 0); or a schedule.
 
     Raises:
         TypeError: anything else.
@@ -139,12 +141,12 @@ def schedule_of(r: int | tuple[int, float] | Sequence[int] | Schedule) -> Schedu
         return r
     if isinstance(r, int):
         return ConstantR(r)
-    if isinstance(r, tuple) and len(r) == 2 and isinstance(r[1], float):
+    if isinstance(r, tuple) and len(r) == 2:
         return LinearR(int(r[0]), r[1])
-    if isinstance(r, (list, tuple)) and all(isinstance(each, int) for each in r):
-        return ListedR(tuple(r))
+    if isinstance(r, Sequence) and not isinstance(r, str) and all(isinstance(each, int) for each in r):
+        return ListedR(tuple(int(each) for each in r))
     raise TypeError(
-        f"r={r!r}: expected a whole number, (r, inflection) with a float, a list of numbers, or a schedule such as KeepRatio"
+        f"r={r!r}: expected a whole number, a pair (r, inflection), a list of numbers, or a schedule such as KeepRatio"
     )
 
 

@@ -70,9 +70,10 @@ def test_the_folded_bias_is_two_columns_exact_to_sixteen_bits():
 def test_a_key_of_no_size_is_masked(form, dtype):
     q, k, v, size = inputs(dtype)
     size[:, 5:] = 0
-    found = proportional_attention(q, k, v, size, form=form)
-    alone = proportional_attention(q, k[:, :, :5], v[:, :, :5], size[:, :5], form=form)
-    torch.testing.assert_close(found, alone)
+    for scale in (0.25, 0.01):
+        found = proportional_attention(q, k, v, size, scale=scale, form=form)
+        alone = proportional_attention(q, k[:, :, :5], v[:, :, :5], size[:, :5], scale=scale, form=form)
+        torch.testing.assert_close(found, alone)
 
 
 def model_attention(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import timm
 import token_merging as papers
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from pairtile.kernels.token_merging import (
@@ -35,6 +35,8 @@ TIMM = {
     "dinov2": ("vit_small_patch14_reg4_dinov2", {}),
     "dinov3": ("vit_small_patch16_dinov3", {"global_pool": "avg"}),
     "eva": ("eva02_tiny_patch14_224", {}),
+    "vit_post": ("vit_tiny_patch16_224", {"block_fn": ResPostBlock}),
+    "eva_post": ("eva02_tiny_patch14_224", {"use_post_norm": True}),
     "rope_mixed": ("vit_small_patch16_rope_mixed_224", {}),
 }
 
@@ -140,7 +142,7 @@ def test_a_patched_vit_is_the_papers():
         torch.testing.assert_close(given, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", ["vit", "deit", "siglip", "gap", "dinov2"])
+@pytest.mark.parametrize("family", ["vit", "vit_post", "deit", "siglip", "gap", "dinov2"])
 def test_equal_tokens_merge_without_a_trace(family):
     """Proportional attention and pooling by size: copies of a token count as often merged as they did apart."""
     model = timm_model(family, no_embed_class=True).double() if family == "dinov2" else timm_model(family).double()
@@ -181,7 +183,7 @@ def first_kept(reverse: bool) -> Callable[[Tensor, int, int, int], Matching]:
     return choose
 
 
-@pytest.mark.parametrize("family", ["dinov3", "eva", "rope_mixed"])
+@pytest.mark.parametrize("family", ["dinov3", "eva", "eva_post", "rope_mixed"])
 def test_rotary_positions_follow_the_tokens(family):
     """Attention knows no order but by the rotary embedding: that of the tokens does not matter where it follows them."""
     model = timm_model(family).double()

@@ -31,7 +31,7 @@ def test_linear_r_falls_as_in_tome():
 
 def test_keep_ratio_counts_what_may_be_merged():
     assert KeepRatio(0.75)(2, 101, 1) == [25, 19]  # of 100 and of 75
-    assert KeepRatio((1.0, 0.5))(2, 12, 1) == [0, 5]
+    assert KeepRatio([1.0, 0.5])(2, 12, 1) == [0, 5]
 
 
 @pytest.mark.parametrize(("layers", "tokens", "protected", "target"), [(12, 197, 1, 50), (4, 65, 1, 5), (3, 10, 0, 10)])
@@ -64,7 +64,7 @@ def test_flops_of_vit_b16():
 
 def test_ways_to_say_r():
     assert schedule_of(8) == ConstantR(8)
-    assert schedule_of((8, -1.0)) == LinearR(8, -1.0)
+    assert schedule_of((8, -1)) == LinearR(8, -1)
     assert schedule_of([3, 0, 2])(4, 100, 0) == [3, 0, 2, 0]
     assert schedule_of(KeepRatio(0.9)) == KeepRatio(0.9)
 

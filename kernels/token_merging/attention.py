@@ -40,9 +40,10 @@ def proportional_attention(
         size: [B, N] or [B, N, 1], how many tokens each key stands for; 0: none, the key is masked. No gradient.
         dropout_p: of the attention weights.
         scale: None: D ** -0.5.
-        form: "mask" adds a float mask [B, 1, 1, N], exact in every dtype where no autocast rounds it; "fold" writes the bias
-            into extra columns of the head (see `fold_size`), so that kernels without a mask serve it. None: "fold" on CUDA
-            in float16 and bfloat16, where flash kernels take no mask and the others round it to the dtype of q; else "mask".
+        form: "mask" adds a float mask [B, 1, 1, N], exact in every dtype where no autocast rounds it; "fold" writes the
+            bias into extra columns of the head (see `fold_size`), so that kernels without a mask serve it. None: "fold"
+            on CUDA in float16 and bfloat16, where flash kernels take no mask and the others round it to the dtype of q;
+            else "mask".
 
     Returns:
         [B, H, Nq, Dv] in the dtype of q.
@@ -70,9 +71,9 @@ def proportional_attention(
 def fold_size(q: Tensor, k: Tensor, v: Tensor, size: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v whose attention, at this scale and without a mask, is the proportional one of q, k, v and size.
 
-    Two columns are added to the head: ones in q, log(size) / scale in k, as a high part in k's own dtype and what that leaves
-    over (a single bfloat16 column is off by 2^-9 of its value). Zeros fill all three heads up to one multiple of 8; the
-    first Dv columns of the output are the answer, the others 0.
+    Two columns are added to the head: ones in q, log(size) / scale in k, as a high part in k's own dtype and what that
+    leaves over (a single bfloat16 column is off by 2^-9 of its value). Zeros fill all three heads up to one multiple of
+    8; the first Dv columns of the output are the answer, the others 0.
 
     Args:
         q: [B, H, Nq, D], differentiable; so are k [B, H, N, D] and v [B, H, N, Dv].
@@ -80,8 +81,8 @@ def fold_size(q: Tensor, k: Tensor, v: Tensor, size: Tensor, scale: float) -> tu
         scale: what the kernel is told to multiply scores by; its default would be that of the wider head.
 
     Returns:
-        (q [B, H, Nq, W], k [B, H, N, W], v [B, H, N, W]), W a multiple of 8, for any fused kernel that takes [B, H, N, W];
-        flash-attn's takes their `transpose(1, 2)`.
+        (q [B, H, Nq, W], k [B, H, N, W], v [B, H, N, W]), W a multiple of 8, for any fused kernel that takes
+        [B, H, N, W]; flash-attn's takes their `transpose(1, 2)`.
     """
     width = -(-max(q.shape[-1] + 2, v.shape[-1]) // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
     # A small scale would take the score of nothing out of the range of float16, and leave infinities of both signs.
@@ -105,8 +106,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 class AttentionTo(TorchFunctionMode):
     """Within this context torch's scaled_dot_product_attention is proportional, if its keys are as many as the sizes.
 
-    A model's own attention runs as it is written; only its call of the fused kernel is answered here. torch.compile traces
-    it, and checkpointing enters it again where a layer that entered it is computed once more.
+    A model's own attention runs as it is written; only its call of the fused kernel is answered here. torch.compile
+    traces it, and checkpointing enters it again where a layer that entered it is computed once more.
 
     Args:
         size: [B, N] or [B, N, 1].
@@ -142,8 +143,8 @@ def _answered(
 ) -> Tensor:
     if attn_mask is not None or is_causal or enable_gqa:
         raise ValueError(
-            "attention among merged tokens with a mask, a causal order or grouped heads: these belong to the tokens before "
-            "they were merged; unpatch the model, or patch it with proportional=False"
+            "attention among merged tokens with a mask, a causal order or grouped heads: these belong to the tokens "
+            "before they were merged; unpatch the model, or patch it with proportional=False"
         )
     if torch.is_autocast_enabled(query.device.type):
         to = torch.get_autocast_dtype(query.device.type)

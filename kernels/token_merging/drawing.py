@@ -24,8 +24,9 @@ def draw_merged_regions(
     Args:
         image: uint8 [H, W, 3]: a tensor, an array or a PIL image in RGB; H and W at least the grid's, not necessarily
             multiples.
-        source: int64 [N], the place of every first token, one sample of `merged_sources`; or [S, N] of zeros and ones, one
-            sample of `merge_source`. The last rows * columns of the N are patches, row by row; those before are left out.
+        source: int64 [N], the place of every first token, one sample of `merged_sources`; or [S, N] of zeros and ones,
+            one sample of `merge_source`. The last rows * columns of the N are patches, row by row; those before are
+            left out.
         grid: (rows, columns) of patches.
         outline: its colour; None: no outlines.
 
@@ -48,7 +49,8 @@ def draw_merged_regions(
         raise ValueError(
             f"the image has {height} x {width} pixels: expected at least {rows} x {columns}, one for each patch"
         )
-    _, patches = source[source.shape[0] - rows * columns :].cpu().unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    places = source[source.shape[0] - rows * columns :].cpu()
+    _, patches = places.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     down = torch.arange(height) * rows // height
     across = torch.arange(width) * columns // width
     regions = patches.view(rows, columns)[down][:, across]

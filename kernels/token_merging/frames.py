@@ -1,4 +1,4 @@
-"""Tokens of a video: merged within frames and across neighbouring ones (TempMe, arXiv:2409.01156), and pooled in windows."""
+"""Tokens of a video: merged within frames and across neighbours (TempMe, arXiv:2409.01156), pooled in windows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def merge_frames(
     prefix: int = 0,
     match: Callable[..., Matching] = bipartite_matching,
 ) -> tuple[Tensor, Tensor]:
-    """TempMe's two scopes: tokens merged within each frame, or across `group` neighbouring frames, which become one clip.
+    """TempMe's two scopes: tokens merged within each frame, or across `group` neighbours, which become one clip.
 
     A clip is a longer frame: it can be merged within (`group=1`) or with its neighbours again. Its tokens are those of
     `join_frames`, in the order that the matching leaves them.
@@ -35,7 +35,8 @@ def merge_frames(
         r: tokens to take away from each frame or clip; at most half of those without prefix. To keep less, merge again.
         size: [B F, N, 1], or None where each token stands for itself.
         group: how many neighbouring frames, or clips, are joined.
-        prefix: so many first tokens of each frame (class tokens, registers) are never merged. A clip has all of its frames'.
+        prefix: so many first tokens of each frame (class tokens, registers) are never merged. A clip has all of its
+            frames'.
         match: (metric, r, *, protected) -> Matching: `bipartite_matching`, `complete_graph_matching`, or a partial
             `pitome_matching` with its margin.
 
@@ -68,8 +69,8 @@ def join_frames(x: Tensor, group: int, *, prefix: int = 0) -> Tensor:
     check_number("prefix", prefix)
     if x.dim() != 3 or x.shape[0] % group or prefix > x.shape[1]:
         raise ValueError(
-            f"x is {described(x)}: expected [frames, tokens, channels], frames a multiple of group={group}, tokens at least "
-            f"prefix={prefix}"
+            f"x is {described(x)}: expected [frames, tokens, channels], frames a multiple of group={group}, tokens at "
+            f"least prefix={prefix}"
         )
     if group == 1:
         return x
@@ -82,8 +83,8 @@ def join_frames(x: Tensor, group: int, *, prefix: int = 0) -> Tensor:
 def pool_windows(x: Tensor, window: tuple[int, int, int]) -> Tensor:
     """Means over windows of a video's tokens: [B, T, H, W, C] -> [B, T / t, H / h, W / w, C], differentiable.
 
-    (t, 1, 1) reduces time and (1, h, w) space: the two streams of LLaVA-ST's packer (arXiv:2501.08282), whose tokens then
-    attend to their windows.
+    (t, 1, 1) reduces time and (1, h, w) space: the two streams of LLaVA-ST's packer (arXiv:2501.08282), whose tokens
+    then attend to their windows.
 
     Raises:
         ValueError: sizes that are no multiples of the window's.

@@ -18,7 +18,7 @@ from .pitome import pitome_margin, pitome_matching
 from .schedules import Schedule
 from .tome import bipartite_matching
 
-#: The size of a padding token: an average with a real token does not see it in any dtype, one of padding alone is finite.
+#: The size of a padding token: no average with a real token sees it, and one of padding alone is finite.
 PADDING = 2.0**-64
 #: (keys [B, N, C], tokens to take away, protected first tokens, layer) -> which tokens go where.
 Method: TypeAlias = Callable[[Tensor, int, int, int], Matching]
@@ -29,8 +29,8 @@ Importance: TypeAlias = Callable[[Tensor, int], Tensor]
 class Tokens(NamedTuple):
     """What patched layers hand to one another in place of a tensor.
 
-    Sizes travel with the tokens, not beside them, so that any number of forward passes may be under way, and a checkpointed
-    layer that is computed once more gets what it was given.
+    Sizes travel with the tokens, not beside them, so that any number of forward passes may be under way, and a
+    checkpointed layer that is computed once more gets what it was given.
 
     Attributes:
         x: [B, S, C].
@@ -133,7 +133,7 @@ class LayerMerging:
     _keys: Tensor | None = None
 
     def record_keys(self, module: object, args: object, output: Tensor) -> None:
-        """A forward hook of what gives the keys, [B, H, N, D] or [B, N, H D]: their mean over heads is what is matched."""
+        """A forward hook of what gives the keys, [B, H, N, D] or [B, N, H D]: their mean over heads is matched."""
         if not self._wanted:
             return
         keys = output.detach()
@@ -150,8 +150,8 @@ class LayerMerging:
             # Its function hands on plain tuples, and runs without gradient what came with one.
             if not isinstance(x, Tokens) or (x.x.requires_grad and not torch.is_grad_enabled()):
                 raise RuntimeError(
-                    "a model with merged tokens runs under reentrant activation checkpointing, which does not see tensors "
-                    "in tuples: use use_reentrant=False, the default of timm and transformers"
+                    "a model with merged tokens runs under reentrant activation checkpointing, which does not see "
+                    "tensors in tuples: use use_reentrant=False, the default of timm and transformers"
                 )
             return x
         batch, count, _ = x.shape
@@ -167,7 +167,7 @@ class LayerMerging:
         )
 
     def attention(self, tokens: Tokens) -> AbstractContextManager[Any]:
-        """Within it torch's fused attention counts the sizes of these tokens, and keys are recorded if any will merge."""
+        """Within it torch's fused attention counts the sizes of these tokens, and keys are recorded if any merge."""
         self._wanted = self.model.r(tokens.first, self.layer) > 0
         size = tokens.attention_size(self.model.proportional)
         return nullcontext() if size is None else AttentionTo(size)
@@ -214,7 +214,8 @@ class Site(NamedTuple):
         heads: of each layer.
         protected: first tokens that are never merged: class and distillation tokens, registers.
         rotary: positions are turned into each layer's attention.
-        pooling: an attention that pools the tokens, called with keyword arguments `attn_mask`; None: the model has no such.
+        pooling: an attention that pools the tokens, called with keyword arguments `attn_mask`; None: the model has no
+            such.
     """
 
     model_class: type | None
@@ -227,7 +228,7 @@ class Site(NamedTuple):
 
 
 class MergingLayer:
-    """The forward of a patched layer, mixed into a subclass of the library's own, which says what its two halves are."""
+    """The forward of a patched layer, mixed into a subclass of the library's own, which says what its halves are."""
 
     merging: LayerMerging
 

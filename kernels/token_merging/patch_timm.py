@@ -151,10 +151,8 @@ def site_of(model: Any) -> Site:
     for block in model.blocks:
         attention = type(getattr(block, "attn", None))
         if type(block) not in _BLOCKS or attention not in _ATTENTIONS:
-            raise TypeError(
-                f"a {type(block).__name__} with {attention.__name__}: expected blocks "
-                f"{', '.join(each.__name__ for each in _BLOCKS)} with {', '.join(each.__name__ for each in _ATTENTIONS)}"
-            )
+            blocks, attentions = (", ".join(each.__name__ for each in known) for known in (_BLOCKS, _ATTENTIONS))
+            raise TypeError(f"a {type(block).__name__} with {attention.__name__}: expected {blocks}, with {attentions}")
         if not block.attn.fused_attn:
             raise ValueError(
                 "the model was made without timm's fused attention, by which sizes are counted: call "

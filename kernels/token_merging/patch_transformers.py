@@ -26,7 +26,7 @@ _IMPLEMENTATIONS = ("sdpa", "eager")
 
 
 class _MaskedLayer(MergingLayer):
-    """A layer whose first argument beside the tokens is transformers' attention mask [B, 1, Q, K], equal for all queries."""
+    """A layer that takes transformers' attention mask [B, 1, Q, K], equal for all queries, behind the tokens."""
 
     def padding(self, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor | None:
         if attention_mask is None:
@@ -154,8 +154,8 @@ def site_of(model: Any) -> Site:
     if type(model) not in _FAMILIES:
         known = ", ".join(each.__name__ for each in _FAMILIES)
         raise TypeError(
-            f"a {type(model).__name__} of transformers: expected {known}; of a model that holds one, give that, such as "
-            "clip.vision_model"
+            f"a {type(model).__name__} of transformers: expected {known}; of a model that holds one, give that, "
+            "such as clip.vision_model"
         )
     family, config = _FAMILIES[type(model)], model.config
     if getattr(config, "is_decoder", False):
@@ -164,7 +164,7 @@ def site_of(model: Any) -> Site:
         )
     if config._attn_implementation not in _IMPLEMENTATIONS:
         raise ValueError(
-            f"attention implementation {config._attn_implementation!r}: expected one of {', '.join(_IMPLEMENTATIONS)}; call "
+            f"attention implementation {config._attn_implementation!r}: expected {' or '.join(_IMPLEMENTATIONS)}; call "
             'model.set_attn_implementation("sdpa"), which runs flash kernels on merged tokens too'
         )
     try:

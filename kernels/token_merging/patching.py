@@ -32,17 +32,17 @@ def patch(
     """Make every layer of a transformer merge r of its tokens, between its attention and its MLP; undone by `unpatch`.
 
     As in ToMe (arXiv:2210.09461) tokens are matched by the mean over heads of their keys, merged into the mean over the
-    tokens that they stand for, and attention counts these: see `proportional_attention`. Means and attention that pool the
-    last tokens count them too. Weights, `state_dict`, options and hooks of the model stay as they are; its layers become
-    subclasses of what they were, which hand one another a tuple, and only the last one a tensor. Works in training, under
-    activation checkpointing (not its reentrant form), autocast, torch.compile and torch.export; can be copied and pickled;
-    not under `nn.DataParallel`, whose threads share a layer.
+    tokens that they stand for, and attention counts these: see `proportional_attention`. Means and attention that pool
+    the last tokens count them too. Weights, `state_dict`, options and hooks of the model stay as they are; its layers
+    become subclasses of what they were, which hand one another a tuple, and only the last one a tensor. Works in
+    training, under activation checkpointing (not its reentrant form), autocast, torch.compile and torch.export; can be
+    copied and pickled; not under `nn.DataParallel`, whose threads share a layer.
 
-    Models: timm's `VisionTransformer` (ViT, CLIP, SigLIP, DINOv2), its distilled DeiT and `Eva` (EVA, DINOv3); transformers'
-    `CLIPVisionModel`, `SiglipVisionModel`, `ViTModel`, `Dinov2Model`, with registers too, `BertModel` and `RobertaModel`,
-    with the attention implementations "sdpa" and "eager". Rotary embeddings follow the token that a merged one took its
-    place from. Padding of a text is never counted, and merged before its words: all of it by "crossget", as many in one layer
-    as they pair up themselves by the others.
+    Models: timm's `VisionTransformer` (ViT, CLIP, SigLIP, DINOv2), its distilled DeiT and `Eva` (EVA, DINOv3); of
+    transformers `CLIPVisionModel`, `SiglipVisionModel`, `ViTModel`, `Dinov2Model`, with registers too, `BertModel` and
+    `RobertaModel`, with the attention implementations "sdpa" and "eager". Rotary embeddings follow the token that a
+    merged one took its place from. Padding of a text is never counted, and merged before its words: all of it by
+    "crossget", as many in one layer as they pair up themselves by the others.
 
     Args:
         model: the tower itself, not a model that holds it.

@@ -1,4 +1,4 @@
-"""Tokens ranked by what a vector says of them: kept, masked or cropped to (GLSim, arXiv:2407.12891; SyCoCa, arXiv:2401.02137)."""
+"""Tokens ranked by a vector: kept, masked or cropped to (GLSim, arXiv:2407.12891; SyCoCa, arXiv:2401.02137)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """How many tokens each layer merges: schedules, token counts and FLOPs.
 
-A schedule is a function (layers, tokens, protected) -> r for each layer, from the number of tokens that enter the first layer
-and how many of them are never merged. A layer that n tokens enter can merge at most half of the others, (n - protected) // 2.
+A schedule is a function (layers, tokens, protected) -> r for each layer, from the number of tokens that enter the first
+layer and how many of them are never merged. A layer that n tokens enter can merge at most half of the others,
+(n - protected) // 2.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class TargetTokens:
 
 @dataclass(frozen=True)
 class FlopsBudget:
-    """The fewest merges, spread evenly over the layers, at which `transformer_flops` falls to a share of its value without.
+    """The fewest merges, spread evenly over the layers, that bring `transformer_flops` to a share of its value without.
 
     Attributes:
         share: of the FLOPs without merging, from 0 to 1.
@@ -132,7 +133,7 @@ class FlopsBudget:
 
 
 def schedule_of(r: int | tuple[int, float] | Sequence[int] | Schedule) -> Schedule:
-    """ToMe's ways to say r: a number, a pair (r, inflection), or a list of one for each layer (those left out: 0); or a schedule.
+    """ToMe's ways to say r: a number, a pair (r, inflection), a list for the first layers (others: 0); or a schedule.
 
     Raises:
         TypeError: anything else.
@@ -182,9 +183,9 @@ def tokens_per_layer(r: Sequence[int], tokens: int, protected: int = 0) -> list[
 def transformer_flops(counts: Sequence[int], width: int, mlp_ratio: float = 4.0) -> float:
     """FLOPs of the matrix products of a transformer that merges between attention and MLP, of one sample, forward.
 
-    A layer that n tokens enter and m leave takes 8 n C^2 (query, key, value and output projections) + 4 n^2 C (scores and
-    their weighted sum) + 4 mlp_ratio m C^2 (the MLP's two products). A multiplication with its addition counts as 2.
-    Norms, activations, softmax, embeddings, heads and the matching are left out.
+    A layer that n tokens enter and m leave takes 8 n C^2 (query, key, value and output projections) + 4 n^2 C (scores
+    and their weighted sum) + 4 mlp_ratio m C^2 (the MLP's two products). A multiplication with its addition counts as
+    2. Norms, activations, softmax, embeddings, heads and the matching are left out.
 
     Args:
         counts: of `tokens_per_layer`.
@@ -215,7 +216,7 @@ def _least_spread(
     if total > most:
         least = tokens_per_layer(spread(most), tokens, protected)
         raise ValueError(
-            f"{layers} layers cannot get from {tokens} tokens to {wanted}: each merges at most half of those that are not "
+            f"{layers} layers cannot get from {tokens} tokens to {wanted}: each merges at most half of those not "
             f"protected, which leaves {least[-1]}"
         )
     return _applied(spread(total), tokens, protected)

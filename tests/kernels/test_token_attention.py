@@ -35,8 +35,8 @@ def test_equal_keys_count_as_often_as_they_were_merged():
     torch.testing.assert_close(proportional_attention(q, k, v, copies.expand(2, -1)), whole, rtol=1e-12, atol=1e-12)
 
 
-# Rounding of the outputs and gradients in each dtype. In bfloat16 the weights are rounded too; a bias in a single bfloat16
-# column would be off by 2^-9 of its value, 6 at size 400, and the output by more than 2e-2.
+# Rounding of the outputs and gradients in each dtype. In bfloat16 the weights are rounded too; a bias in a single
+# bfloat16 column would be off by 2^-9 of its value, which is 1e-2 at size 400.
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("width", "v_width", "scale"), [(16, 16, None), (7, 12, 0.3)])

@@ -13,6 +13,8 @@ import token_merging as papers
 import torch
 from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from pairtile.kernels.token_merging import (
     KeepRatio,
@@ -22,6 +24,8 @@ from pairtile.kernels.token_merging import (
     merged_sizes,
     merged_sources,
     patch,
+    tokens_per_layer,
+    transformer_flops,
     unpatch,
 )
 from pairtile.kernels.token_merging.patch_timm import rotary_of
@@ -71,7 +75,7 @@ def rows_alike(batch: int = 2) -> Tensor:
     return images(batch)[:, :, :, :4].repeat(1, 1, 1, 4)
 
 
-# ---- what holds for every family ----------------------------------------------------------------------------------------
+# ---- what holds for every family ------------------------------------------------------------------------------------
 
 
 def test_nothing_merged_changes_no_bit_and_unpatch_restores(model):
@@ -185,7 +189,7 @@ def first_kept(reverse: bool) -> Callable[[Tensor, int, int, int], Matching]:
 
 @pytest.mark.parametrize("family", ["dinov3", "eva", "eva_post", "rope_mixed"])
 def test_rotary_positions_follow_the_tokens(family):
-    """Attention knows no order but by the rotary embedding: that of the tokens does not matter where it follows them."""
+    """Attention knows no order but by the rotary embedding: where it follows the tokens, theirs does not matter."""
     model = timm_model(family).double()
     # Of one layer alone, so that both models merge the same tokens.
     r = [4, 0, 0]
@@ -205,7 +209,7 @@ def test_rotary_embeddings_are_found_in_every_layout():
         assert torch.equal(rotary_of(each, origin, 2)[sample], each[sample][:, patches])
 
 
-# ---- training, compilation, copies --------------------------------------------------------------------------------------
+# ---- training, compilation, copies ----------------------------------------------------------------------------------
 
 
 def gradients(model: nn.Module, *batches: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -278,7 +282,7 @@ def test_autocast_and_bfloat16():
     assert model.bfloat16()(images().bfloat16()).isfinite().all()
 
 
-# ---- options ----------------------------------------------------------------------------------------------------------
+# ---- options --------------------------------------------------------------------------------------------------------
 
 
 def test_restore_gives_every_token_its_place_back():
@@ -305,6 +309,22 @@ def test_schedules_and_importance():
     patch(model, KeepRatio(0.75), method="crossget", importance=importance)
     assert model(images()).isfinite().all()
     assert layers == [(0, 17), (1, 13), (2, 10)]
+
+
+def products(model: nn.Module) -> dict[str, int]:
+    """FLOPs of a patched model's matrix products on one image, by kind, as torch counts them."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images(1))
+    return {str(kind): flops for kind, flops in counter.get_flop_counts()["Global"].items()}
+
+
+def test_flops_are_those_that_torch_counts():
+    model = timm_model("vit", num_classes=0)
+    counted = products(patch(model, 0))
+    assert counted["aten.addmm"] + counted["aten.bmm"] == transformer_flops([17] * 4, 24)
+    counts = tokens_per_layer([5, 0, 4], 17, 1)
+    linear = products(patch(unpatch(model), [5, 0, 4]))["aten.addmm"]
+    assert linear == transformer_flops(counts, 24) - sum(4 * n**2 * 24 for n in counts[:-1])
 
 
 def test_what_cannot_be_patched_is_told():
@@ -335,6 +355,10 @@ def test_what_cannot_be_patched_is_told():
     )
     with pytest.raises(TypeError, match="a ParallelThingsBlock with"):
         patch(parallel, 1)
+    plain = timm_model("vit")
+    plain.blocks[1].attn.fused_attn = False
+    with pytest.raises(ValueError, match="without timm's fused attention"):
+        patch(plain, 1)
     assert not is_patched(model)
     assert type(model) is VisionTransformer
     with pytest.raises(ValueError, match="says nothing of merged tokens"):

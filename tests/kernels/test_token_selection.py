@@ -26,7 +26,7 @@ def video(frames: int = 6, tokens: int = 9) -> torch.Tensor:
     return torch.randn(frames, tokens, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-# ---- frames -----------------------------------------------------------------------------------------------------------
+# ---- frames ---------------------------------------------------------------------------------------------------------
 
 
 def test_within_a_frame_each_merges_by_itself():
@@ -84,7 +84,7 @@ def test_windows_are_means():
         pool_windows(x, (3, 1, 1))
 
 
-# ---- ranks ------------------------------------------------------------------------------------------------------------
+# ---- ranks ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "l1", "l2"])
@@ -110,7 +110,7 @@ def test_bad_ranks_are_told():
         rank_tokens(torch.randn(2, 3, 4), torch.randn(2, 4), similarity="dot")
 
 
-# ---- the picture ------------------------------------------------------------------------------------------------------
+# ---- the picture ----------------------------------------------------------------------------------------------------
 
 
 def test_regions_have_their_mean_colour_and_outlines():

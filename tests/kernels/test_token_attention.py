@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from pairtile.kernels.token_merging import AttentionTo, fold_size, proportional_attention
@@ -104,6 +105,15 @@ def test_autocast_rounds_the_inputs_and_not_the_bias():
         found = model_attention(q, k, v, size)
     rounded = (each.to(torch.bfloat16) for each in (2 * q, k, v))
     assert torch.equal(found, proportional_attention(*rounded, size))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_sixteen_bits_run_flash_kernels(relative_error):
+    q, k, v, size = (each.detach().cuda() for each in inputs(torch.bfloat16))
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where it cannot serve
+        found = proportional_attention(q, k, v, size)
+    assert relative_error(found, formula(q, k, v, size, 0.25)) < 6e-3
 
 
 def test_bad_input_is_told():

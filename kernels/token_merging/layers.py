@@ -1,0 +1,253 @@
+"""What a patched layer does between its attention and its MLP, whatever library wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .attention import AttentionTo
+from .crossget import complete_graph_matching
+from .matching import Matching
+from .merging import merge_tokens
+from .pitome import pitome_margin, pitome_matching
+from .schedules import Schedule
+from .tome import bipartite_matching
+
+#: The size of a padding token: no average with a real token sees it, and one of padding alone is finite.
+PADDING = 2.0**-64
+#: (keys [B, N, C], tokens to take away, protected first tokens, layer) -> which tokens go where.
+Method: TypeAlias = Callable[[Tensor, int, int, int], Matching]
+#: (tokens [B, N, C] after attention, layer) -> [B, N], what must not be lost.
+Importance: TypeAlias = Callable[[Tensor, int], Tensor]
+
+
+class Tokens(NamedTuple):
+    """What patched layers hand to one another in place of a tensor.
+
+    Sizes travel with the tokens, not beside them, so that any number of forward passes may be under way, and a
+    checkpointed layer that is computed once more gets what it was given.
+
+    Attributes:
+        x: [B, S, C].
+        size: float32 [B, S, 1], how many tokens each stands for, PADDING for padding; None: one each.
+        origin: int64 [B, S], the position that each had at first; None where nobody asks for it.
+        place: int64 [B, N], where each of the first tokens is; None where nobody asks for it.
+        first: N, how many they were at first.
+        padded: some may be padding.
+    """
+
+    x: Tensor
+    size: Tensor | None
+    origin: Tensor | None
+    place: Tensor | None
+    first: int
+    padded: bool
+
+    @property
+    def merged(self) -> bool:
+        return self.x.shape[1] < self.first
+
+    def real(self) -> Tensor:
+        """bool [B, S, 1]: what is not padding alone."""
+        return torch.ones_like(self.x[..., :1], dtype=torch.bool) if self.size is None else self.size >= 0.5
+
+    def attention_size(self, proportional: bool) -> Tensor | None:
+        """[B, S, 1], what `AttentionTo` is to count, 0 for padding; None where attention can run as it is."""
+        if not self.merged or not (proportional or self.padded):
+            return None
+        if not proportional:
+            return self.real().to(torch.float32)
+        return self.size.where(self.real(), 0.0) if self.padded and self.size is not None else self.size
+
+
+@dataclass
+class Merging:
+    """How the layers of one model merge, and what came of it in its last forward pass.
+
+    Attributes:
+        schedule: (layers, tokens, protected) -> r for each layer.
+        layers: how many the model has.
+        protected: so many first tokens are never merged.
+        method: which tokens go where.
+        importance: for "crossget".
+        proportional: attention counts sizes.
+        follow: the place of every first token is kept up.
+        rotary: so is the first position of every token.
+        restore: the last layer gives every first token what its place holds.
+        size: float32 [B, S, 1] of the last forward pass; None where nothing was merged.
+        place: int64 [B, N] of the last forward pass, where it is followed.
+    """
+
+    schedule: Schedule
+    layers: int
+    protected: int
+    method: str | Method
+    importance: Importance | None
+    proportional: bool
+    follow: bool
+    rotary: bool
+    restore: bool
+    size: Tensor | None = None
+    place: Tensor | None = None
+    _plans: dict[int, list[int]] = field(default_factory=dict)
+
+    def r(self, tokens: int, layer: int) -> int:
+        """What a layer merges, of a sample of so many tokens at first."""
+        if tokens not in self._plans:
+            plan = list(self.schedule(self.layers, tokens, self.protected))
+            if len(plan) != self.layers or any(r < 0 for r in plan):
+                raise ValueError(f"the schedule gave {plan}: expected {self.layers} numbers of at least 0, one a layer")
+            self._plans[tokens] = plan
+        return self._plans[tokens][layer]
+
+    def matching(self, keys: Tensor, x: Tensor, r: int, layer: int) -> Matching:
+        if callable(self.method):
+            return self.method(keys, r, self.protected, layer)
+        if self.method == "pitome":
+            return pitome_matching(keys, r, pitome_margin(layer, self.layers), protected=self.protected)
+        if self.method == "crossget":
+            importance = None if self.importance is None else self.importance(x.detach(), layer)
+            return complete_graph_matching(keys, r, importance, protected=self.protected)
+        return bipartite_matching(keys, r, protected=self.protected)
+
+
+@dataclass
+class LayerMerging:
+    """One layer's part.
+
+    Attributes:
+        model: what all layers share.
+        layer: from 0.
+        heads: of the attention.
+    """
+
+    model: Merging
+    layer: int
+    heads: int
+    _wanted: bool = False
+    _keys: Tensor | None = None
+
+    def record_keys(self, module: object, args: object, output: Tensor) -> None:
+        """A forward hook of what gives the keys, [B, H, N, D] or [B, N, H D]: their mean over heads is matched."""
+        if not self._wanted:
+            return
+        keys = output.detach()
+        keys = keys.transpose(1, 2) if keys.dim() == 4 else keys.view(*keys.shape[:2], self.heads, -1)
+        self._keys = keys.mean(2, dtype=torch.promote_types(keys.dtype, torch.float32))
+
+    def enter(self, x: Tensor | Tokens, keep: Tensor | None = None) -> Tokens:
+        """The tokens of a layer; keep bool [B or 1, N] says which of the first layer's are not padding.
+
+        Raises:
+            RuntimeError: under reentrant checkpointing, which would lose the gradient without a word.
+        """
+        if isinstance(x, tuple):
+            # Its function hands on plain tuples, and runs without gradient what came with one.
+            if not isinstance(x, Tokens) or (x.x.requires_grad and not torch.is_grad_enabled()):
+                raise RuntimeError(
+                    "a model with merged tokens runs under reentrant activation checkpointing, which does not see "
+                    "tensors in tuples: use use_reentrant=False, the default of timm and transformers"
+                )
+            return x
+        batch, count, _ = x.shape
+        size = None if keep is None else torch.where(keep.expand(batch, count), 1.0, PADDING).unsqueeze(-1)
+        every = torch.arange(count, device=x.device).expand(batch, -1)
+        return Tokens(
+            x,
+            size,
+            every if self.model.rotary else None,
+            every if self.model.follow else None,
+            count,
+            padded=keep is not None,
+        )
+
+    def attention(self, tokens: Tokens) -> AbstractContextManager[Any]:
+        """Within it torch's fused attention counts the sizes of these tokens, and keys are recorded if any merge."""
+        self._wanted = self.model.r(tokens.first, self.layer) > 0
+        size = tokens.attention_size(self.model.proportional)
+        return nullcontext() if size is None else AttentionTo(size)
+
+    def merge(self, tokens: Tokens, x: Tensor) -> Tokens:
+        """After attention, which made x of these tokens: those that this layer leaves."""
+        keys, self._keys = self._keys, None
+        if not self._wanted:
+            return tokens._replace(x=x)
+        if keys is None:
+            raise RuntimeError(f"layer {self.layer} showed no keys: its attention does not run as when it was patched")
+        if tokens.padded:
+            # Padding is alike to itself and, by an axis of its own, to no other token: it goes before real tokens do.
+            real = tokens.real()
+            keys = torch.cat([keys * real, (~real).to(keys.dtype)], -1)
+        matching = self.model.matching(keys, x, self.model.r(tokens.first, self.layer), self.layer)
+        x, size = merge_tokens(x, matching, tokens.size)
+        origin, place = tokens.origin, tokens.place
+        return tokens._replace(
+            x=x,
+            size=size,
+            origin=None if origin is None else origin.gather(1, matching.kept),
+            place=None if place is None else matching.place_of().gather(1, place),
+        )
+
+    def leave(self, tokens: Tokens, x: Tensor) -> Tensor | Tokens:
+        """What the layer returns: the last one a tensor, with sizes and places left in `model`."""
+        if self.layer < self.model.layers - 1:
+            return tokens._replace(x=x)
+        self.model.size = tokens.size if tokens.merged else None
+        self.model.place = tokens.place
+        if self.model.restore and tokens.merged and tokens.place is not None:
+            return x.gather(1, tokens.place.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return x
+
+
+class Site(NamedTuple):
+    """Where a model is patched: what an adapter says of it.
+
+    Attributes:
+        model_class: what the model becomes; None: it stays.
+        layers: each layer and what it becomes.
+        keys: of each layer, the module whose output are its keys, see `LayerMerging.record_keys`.
+        heads: of each layer.
+        protected: first tokens that are never merged: class and distillation tokens, registers.
+        rotary: positions are turned into each layer's attention.
+        pooling: an attention that pools the tokens, called with keyword arguments `attn_mask`; None: the model has no
+            such.
+    """
+
+    model_class: type | None
+    layers: list[tuple[nn.Module, type]]
+    keys: list[nn.Module]
+    heads: list[int]
+    protected: int
+    rotary: bool = False
+    pooling: nn.MultiheadAttention | None = None
+
+
+class MergingLayer:
+    """The forward of a patched layer, mixed into a subclass of the library's own, which says what its halves are."""
+
+    merging: LayerMerging
+
+    def attention_half(self, tokens: Tokens, *args: Any, **kwargs: Any) -> Any:
+        """tokens.x plus what attention makes of it, with the arguments that the library's layer takes beside x."""
+        raise NotImplementedError
+
+    def mlp_half(self, x: Tensor) -> Any:
+        """x plus what the MLP makes of it."""
+        raise NotImplementedError
+
+    def padding(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """bool [B, N] of the first layer's tokens, False for padding, by the arguments beside x; None: all are real."""
+        return None
+
+    def forward(self, x: Tensor | Tokens, *args: Any, **kwargs: Any) -> Tensor | Tokens:
+        merging = self.merging
+        tokens = merging.enter(x, None if isinstance(x, Tokens) else self.padding(*args, **kwargs))
+        with merging.attention(tokens):
+            attended = self.attention_half(tokens, *args, **kwargs)
+        tokens = merging.merge(tokens, attended)
+        return merging.leave(tokens, self.mlp_half(tokens.x))

@@ -1,6 +1,7 @@
 # Every target makes .venv when it is missing and installs what it needs; EXTRAS grow, nothing is reinstalled.
 PYTHON ?= python3
 VENV ?= .venv
+PEERS_VENV ?= .venv-peers
 BIN := $(VENV)/bin
 DATA ?= data/glyphs
 RUN ?= runs/glyphs_clip
@@ -8,7 +9,7 @@ RUN ?= runs/glyphs_clip
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-fast build bench bench-gpu lint typecheck format clean help
+.PHONY: demo peers test test-fast build bench bench-gpu lint typecheck format clean help
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -19,6 +20,16 @@ $(BIN)/python:
 
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+# their pins hold torch and transformers back, hence an environment of its own; csrc/ is compiled for its torch as well
+peers: $(PEERS_VENV)/.installed  ## PyLate, colpali-engine and the MaxSim libraries in .venv-peers, and the tests beside them
+	$(PEERS_VENV)/bin/python -m pytest tests/kernels/test_pylate.py tests/kernels/test_colpali.py
+
+$(PEERS_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(PEERS_VENV)/bin/python -m pip install --quiet --editable ".[peers]"
 	@touch $@
 
 demo: $(VENV)/.installed-train  ## prepare glyphs, train on two ranks under ZeRO-2, evaluate, print the table

@@ -89,6 +89,16 @@ def leaner_than(name: str, share: float, ours: str | None = None) -> Bar:
     )
 
 
+def leaner_beyond_gradients(name: str, share: float) -> Bar:
+    """Our peak memory without what the gradients take is at most this share of the other's, without them as well."""
+
+    def measure(result: Result) -> float:
+        ours, theirs = (each - result.gradient_bytes for each in (result.peak(), result.peak(name)))
+        return ours / theirs
+
+    return Bar(f"<= 1/{1 / share:g} of {name}'s memory beyond gradients", measure, share, False, name, "{:.3f}")
+
+
 def peak_below(limit: int) -> Bar:
     """Our peak memory above the inputs, in bytes."""
     return Bar(

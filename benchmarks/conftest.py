@@ -28,7 +28,7 @@ def measure_row(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> 
     """Measures a case and leaves everything in the JSON and in the table."""
 
     def run(case: Case) -> Result:
-        result = measure(case, FloorMeter(case.work.dtype, _FLOOR_SECONDS))
+        result = measure(case, FloorMeter(case.work.dtype, _FLOOR_SECONDS, read_only=case.work.read_only))
         request.config.stash[_RESULTS].append(result)
         benchmark.group = case.name
         benchmark.extra_info |= record(result)

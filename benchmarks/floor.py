@@ -26,7 +26,7 @@ class Floor:
 
     Attributes:
         flops_per_second: of matrix products, all threads.
-        bytes_per_second: of a copy, read and written bytes both counted.
+        bytes_per_second: of a copy, read and written bytes both counted; of a sum, if that is faster, for work that reads alone.
         source: what multiplied: "brgemm", "brgemm of float32" where it has no product of the dtype, or "torch.mm".
         rate_samples, bandwidth_samples: all samples, in the order in which they were taken.
     """
@@ -55,11 +55,13 @@ class FloorMeter:
         dtype: of the products' operands.
         seconds: how long each tile shape and the copy run per sample.
         copy_bytes: size of the buffer that is copied.
+        read_only: the bandwidth wanted is that of reading.
     """
 
     dtype: torch.dtype
     seconds: float = 0.1
     copy_bytes: int = _COPY_BYTES
+    read_only: bool = False
     _rates: list[float] = field(default_factory=list)
     _bandwidths: list[float] = field(default_factory=list)
 
@@ -82,8 +84,11 @@ class FloorMeter:
         else:
             self._rates.append(max(self._brgemm_rate(tile, self.seconds) for tile in TILES))
         source, target = self._copy
-        best = _best_seconds(lambda: target.copy_(source), self.seconds)
-        self._bandwidths.append(2 * self.copy_bytes / best)
+        bandwidth = 2 * self.copy_bytes / _best_seconds(lambda: target.copy_(source), self.seconds)
+        if self.read_only:
+            words = source.view(torch.float32)
+            bandwidth = max(bandwidth, self.copy_bytes / _best_seconds(words.sum, self.seconds))
+        self._bandwidths.append(bandwidth)
 
     def _brgemm_rate(self, tile: tuple[int, int, int], seconds: float) -> float:
         return 1e9 * float(torch.ops.pairtile.brgemm_rate(self._product_dtype, *tile, seconds))

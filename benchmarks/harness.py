@@ -171,6 +171,17 @@ def forward_and_backward(make_loss: Callable[[], Callable[..., Tensor]], leaves:
     return call
 
 
+def forward_alone(make_function: Callable[[], Callable[..., Tensor]], leaves: list[Tensor]) -> Call:
+    """The value of an evaluation: nothing is kept for a backward."""
+    function = make_function()
+
+    def call() -> list[Tensor]:
+        with torch.no_grad():
+            return [function(*leaves)]
+
+    return call
+
+
 def in_float32(prepare: Prepare, leaves: list[Tensor]) -> Call:
     """`prepare` on float32 copies of 16-bit leaves, made before the clock runs."""
     return prepare(converted(leaves, torch.float32))
@@ -197,7 +208,7 @@ def measure(case: Case, meter: FloorMeter | None = None) -> Result:
     leaves = case.inputs(**case.sizes)
     calls = {each.name: each.prepare(leaves) for each in present}
     assert_agreement(case, calls, subject)
-    meter = meter or FloorMeter(case.work.dtype)
+    meter = meter or FloorMeter(case.work.dtype, read_only=case.work.read_only)
     measured = timed(calls, case.rounds, between=meter.sample)
     errors = measured_errors(case, present)
     for each in present:

@@ -15,15 +15,21 @@ from pairtile.kernels.build import compiler, operators_obstacle
 
 @dataclass(frozen=True)
 class Peer:
-    """A library: the module that is imported, and what pip calls it."""
+    """A library: the module that is imported, what pip calls it, and how else it is installed if not by pip alone."""
 
     module: str
     distribution: str
+    how: str | None = None
 
 
 PEERS = {
     "open_clip": Peer("open_clip", "open_clip_torch"),
     "sentence-transformers": Peer("sentence_transformers", "sentence-transformers"),
+    "maxsim-cpu": Peer("maxsim_cpu", "maxsim-cpu"),
+    "fast-maxsim": Peer("fast_maxsim", "fast-maxsim"),
+    "late-interaction-kernels": Peer("late_interaction_kernels", "late-interaction-kernels"),
+    "flash-maxsim": Peer("flash_maxsim", "flash-maxsim"),
+    "pylate": Peer("pylate", "pylate", "make peers"),
     # GPUs alone: benchmarks/gpu
     "memeff": Peer("memeff", "memeff"),
     "siglip-kernel": Peer("siglip_kernel", "siglip-kernel"),
@@ -37,7 +43,7 @@ def missing_peer(name: str) -> str | None:
     """Why a peer cannot take part; None if it can."""
     peer = PEERS[name]
     if importlib.util.find_spec(peer.module) is None:
-        return f"not installed: pip install {peer.distribution}"
+        return f"not installed: {peer.how or f'pip install {peer.distribution}'}"
     return None
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from .harness import Measured, Result
 
 _TITLES = ("contender", "median", "min", "max", "IQR", "x ours", "of floor", "peak", "value", "gradient", "bars")
@@ -19,6 +21,7 @@ def record(result: Result) -> dict[str, Any]:
         "case": case.name,
         "sizes": dict(case.sizes),
         "threads": result.threads,
+        "torch": torch.__version__,
         "ours": result.subject,
         "contenders": {
             name: asdict(each) | {"median": each.median, "share_of_floor": result.share(name)}
@@ -53,7 +56,8 @@ def table(results: Iterable[Result]) -> Iterator[str]:
 def _head(result: Result) -> Iterator[str]:
     case, floor, work = result.case, result.floor, result.case.work
     sizes = ", ".join(f"{name} {size}" for name, size in case.sizes.items())
-    yield f"{case.name}: {sizes}; {result.place or f'{result.threads} threads'}, {case.rounds} rounds"
+    place = result.place or f"{result.threads} threads"
+    yield f"{case.name}: {sizes}; {place}, torch {torch.__version__}, {case.rounds} rounds"
     # Both in one unit, in which a CPU has hundreds and a GPU has thousands at most.
     unit, prefix = (1e9, "G") if floor.flops_per_second < 1e13 else (1e12, "T")
     yield (

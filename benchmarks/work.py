@@ -9,19 +9,21 @@ import torch
 
 @dataclass(frozen=True)
 class Work:
-    """The work of one call, forward and backward.
+    """The work of one call.
 
     Attributes:
         flops: of the algorithm chosen, matrix products alone.
         least_bytes: every input read once, every gradient written once.
         dtype: of the products' operands; its rate makes the floor.
         formula: how `flops` comes about, for the reader of the table.
+        read_only: nothing of a size is written, so that the bytes move at the rate of reading.
     """
 
     flops: float
     least_bytes: float
     dtype: torch.dtype
     formula: str
+    read_only: bool = False
 
 
 def kept_share(n: int, m: int, budget: int) -> float:

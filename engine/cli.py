@@ -55,11 +55,19 @@ def evaluate(
     ] = None,
     which: Annotated[str, typer.Option(help="best or last checkpoint")] = "best",
     out: Annotated[Path | None, typer.Option(help="where the results go; default RUN/eval-WHICH")] = None,
+    scores: Annotated[
+        str | None, typer.Option(help="what ranks: pooled, tokens (late interaction) or rerank; default: eval.scores")
+    ] = None,
+    rerank_top: Annotated[
+        int | None, typer.Option(help="how many of the best by pooled embeddings rerank scores again")
+    ] = None,
 ) -> None:
     """Print a model's scores, write them as JSON and Markdown and draw what it retrieves."""
     from .evaluation import evaluate_run
 
-    evaluate_run(run, data=data, overrides=overrides, which=_checked(which), out=out)
+    options = {"eval.scores": scores, "eval.rerank_top": rerank_top}
+    changes = [*(overrides or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
+    evaluate_run(run, data=data, overrides=changes, which=_checked(which), out=out)
 
 
 @app.command()

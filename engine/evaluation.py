@@ -15,6 +15,7 @@ from .data import ShardDataset, Tokenizer
 from .errors import PairtileError, RecipeError
 from .evaluate import SplitResult, evaluate_split, print_results, to_markdown, write_json
 from .export import find_model, load
+from .model import DualEncoder
 from .plan import open_split, refused_members
 from .recipe import EvalConfig, Recipe, load_recipe
 from .runtime import Runtime
@@ -40,7 +41,7 @@ def open_splits(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, ShardDataset]
 
 
 def evaluate_model(
-    model: nn.Module, splits: dict[str, ShardDataset], config: EvalConfig, runtime: Runtime, folder: Path, *,
+    model: DualEncoder, splits: dict[str, ShardDataset], config: EvalConfig, runtime: Runtime, folder: Path, *,
     precision: str, about: dict[str, Any] | None = None,
 ) -> tuple[list[SplitResult], dict[str, float]]:  # fmt: skip
     """Evaluate every split and write ``results.json``, ``results.md`` and a contact sheet a split into ``folder``.
@@ -48,6 +49,9 @@ def evaluate_model(
     Collective: every rank calls it and gets the same results, and the flat metrics for logs.
     """
     results = []
+    scores = config.scores
+    if scores == "auto":
+        scores = "pooled" if model.config.tokens is None else "tokens"
     for name, dataset in splits.items():
         wanted = config.classification
         with gathering_on_access(model):
@@ -65,6 +69,8 @@ def evaluate_model(
                 classification=wanted if wanted is not None and wanted.split in (None, name) else None,
                 autocast=torch.bfloat16 if precision == "bf16" else None,
                 contact_sheet=folder / f"{name}.png" if config.contact_sheet else None,
+                scores=scores,
+                rerank_top=config.rerank_top,
             )
         results.append(result)
     if runtime.is_main and results:

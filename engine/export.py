@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .data import DataConfig, Tokenizer, build_image_transform, load_tokenizer
 from .errors import PairtileError
-from .model import DualEncoder
+from .model import DualEncoder, Embedded, required_tokens
 from .recipe import ModelConfig, validate
+from .tokens import Tokens
 
 FORMAT = "pairtile-dual-encoder/1"
 WEIGHTS = "model.safetensors"
@@ -46,11 +47,12 @@ def build_model(model: ModelConfig, data: DataConfig, tokenizer: Tokenizer) -> D
     return DualEncoder(model, **_text_sizes(tokenizer, data))
 
 
-def _text_sizes(tokenizer: Tokenizer, data: DataConfig) -> dict[str, int]:
+def _text_sizes(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
     return {
         "vocab_size": tokenizer.vocab_size,
         "pad_id": tokenizer.pad_id,
         "context_length": data.context_length,
+        "special_ids": tokenizer.special_ids(),
     }
 
 
@@ -151,7 +153,6 @@ class Encoder:
     def device(self) -> torch.device:
         return self.model.logit_scale.device
 
-    @torch.inference_mode()
     def encode_image(
         self, images: Image.Image | Sequence[Image.Image] | Tensor, *, normalize: bool = True, batch_size: int = 256
     ) -> Tensor:
@@ -161,6 +162,34 @@ class Encoder:
             images: a PIL image, a sequence of them (any size and mode), or an uint8 tensor [n, C, H, W] that has
                 the model's size already.
         """
+        return torch.cat([part.pooled.float() for part in self._embed_images(images, normalize, batch_size)])
+
+    def encode_text(self, texts: str | Sequence[str], *, normalize: bool = True, batch_size: int = 256) -> Tensor:
+        """Texts -> float32 [n, embed_dim], of unit length unless ``normalize`` is False."""
+        return torch.cat([part.pooled.float() for part in self._embed_texts(texts, normalize, batch_size)])
+
+    def encode_image_tokens(
+        self, images: Image.Image | Sequence[Image.Image] | Tensor, *, normalize: bool = True, batch_size: int = 256
+    ) -> Tokens:
+        """Images as for :meth:`encode_image` -> their patches: float32 [n, patches, dim] and a mask bool [n, patches].
+
+        Of unit length unless ``normalize`` is False; ``pairtile.kernels.maxsim`` takes both.
+
+        Raises:
+            PairtileError: the model has no token embeddings.
+        """
+        return self._tokens(self._embed_images(images, normalize, batch_size))
+
+    def encode_text_tokens(
+        self, texts: str | Sequence[str], *, normalize: bool = True, batch_size: int = 256
+    ) -> Tokens:
+        """Texts -> their words: float32 [n, context_length, dim] and a mask bool [n, context_length]; otherwise as above."""
+        return self._tokens(self._embed_texts(texts, normalize, batch_size))
+
+    @torch.inference_mode()
+    def _embed_images(
+        self, images: Image.Image | Sequence[Image.Image] | Tensor, normalize: bool, batch_size: int
+    ) -> list[Embedded]:
         if isinstance(images, Image.Image):
             images = [images]
         if not isinstance(images, Tensor):
@@ -171,21 +200,19 @@ class Encoder:
                 f"images: got {images.dtype} {list(images.shape)}, expected uint8 [n, {', '.join(map(str, expected))}]; "
                 "PIL images of any size are resized for you"
             )
-        parts = [self.model.encode_image(part.to(self.device), normalize).float() for part in images.split(batch_size)]
-        return torch.cat(parts)
+        return [self.model.embed_image(part.to(self.device), normalize) for part in images.split(batch_size)]
 
     @torch.inference_mode()
-    def encode_text(self, texts: str | Sequence[str], *, normalize: bool = True, batch_size: int = 256) -> Tensor:
-        """Texts -> float32 [n, embed_dim], of unit length unless ``normalize`` is False."""
+    def _embed_texts(self, texts: str | Sequence[str], normalize: bool, batch_size: int) -> list[Embedded]:
         texts = [texts] if isinstance(texts, str) else list(texts)
         input_ids, attention_mask = self.tokenizer.encode(texts, self.data.context_length)
         parts = zip(input_ids.split(batch_size), attention_mask.split(batch_size))
-        return torch.cat(
-            [
-                self.model.encode_text(ids.to(self.device), mask.to(self.device), normalize).float()
-                for ids, mask in parts
-            ]
-        )
+        return [self.model.embed_text(ids.to(self.device), mask.to(self.device), normalize) for ids, mask in parts]
+
+    @staticmethod
+    def _tokens(parts: list[Embedded]) -> Tokens:
+        every = [required_tokens(part.tokens) for part in parts]
+        return Tokens(torch.cat([part.tokens.float() for part in every]), torch.cat([part.mask for part in every]))
 
     def _no_images(self) -> Tensor:
         vision = self.model.config.vision

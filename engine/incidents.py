@@ -23,8 +23,8 @@ BAD_BATCHES = "bad_batches.jsonl"
 
 def non_finite(output: DualOutput, loss: Tensor) -> tuple[bool, bool]:
     """(this rank's features are not finite, the loss is not): the first names the culprit among the ranks."""
-    features = output.image_features.detach().sum() + output.text_features.detach().sum()
-    return not bool(torch.isfinite(features)), not bool(torch.isfinite(loss.detach()))
+    features = torch.stack([embeddings.detach().sum() for embeddings in output.embeddings()])
+    return not bool(torch.isfinite(features).all()), not bool(torch.isfinite(loss.detach()))
 
 
 def report_bad_batch(

@@ -12,10 +12,11 @@ import inspect
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels import ClipLoss, SigLipLoss
+from ..kernels import ClipLoss, FilipLoss, SigLipLoss
 from .data import Batch
 from .errors import RecipeError
 from .model import DualOutput
@@ -73,6 +74,34 @@ class SigLip:
         if output.logit_bias is None:
             raise RecipeError("objective siglip needs a bias: set model.init_logit_bias (the paper starts at -10)")
         return self.loss(output.image_features, output.text_features, output.logit_scale, output.logit_bias)
+
+
+@register("filip")
+class Filip:
+    """Cross-entropy of token-wise maximum similarities over the global batch (FILIP, arXiv:2111.07783).
+
+    Wants ``model.tokens``. ``direction_weights`` as in ``clip``. ``token_dtype: bfloat16`` rounds the unit vectors before
+    they are multiplied, as the paper halves their precision; sums and the loss stay float32.
+    """
+
+    def __init__(
+        self,
+        *,
+        group: dist.ProcessGroup | None,
+        direction_weights: tuple[float, float] = (0.5, 0.5),
+        token_dtype: str = "float32",
+    ) -> None:
+        if token_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"token_dtype={token_dtype!r}: expected float32 or bfloat16")
+        self.loss = FilipLoss(group=group, direction_weights=direction_weights)
+        self.dtype: torch.dtype = getattr(torch, token_dtype)
+
+    def __call__(self, output: DualOutput, batch: Batch) -> Tensor:
+        if output.image_tokens is None or output.text_tokens is None:
+            raise RecipeError("objective filip needs token embeddings: set model.tokens.dim (the paper has 256)")
+        tokens = output.image_tokens.to(self.dtype), output.text_tokens.to(self.dtype)
+        loss: Tensor = self.loss(*tokens, output.logit_scale, text_mask=output.text_mask)
+        return loss
 
 
 class WeightedSum:

@@ -116,8 +116,8 @@ def describe_plan(recipe: Recipe, world_size: int) -> str:
     with torch.device("meta"):
         model = build_model(config, recipe.data, tokenizer)
     counts = {
-        "vision tower": _count(model.vision) + _count(model.vision_projection),
-        "text tower": _count(model.text) + _count(model.text_projection),
+        "vision tower": _count(model.vision, model.vision_projection, model.patch_projection),
+        "text tower": _count(model.text, model.text_projection, model.word_projection),
     }
     total, trainable = _count(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
     steps = total_steps(recipe, len(dataset))
@@ -142,5 +142,5 @@ def describe_plan(recipe: Recipe, world_size: int) -> str:
     return "\n".join(lines)
 
 
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _count(*modules: torch.nn.Module | None) -> int:
+    return sum(parameter.numel() for module in modules if module is not None for parameter in module.parameters())

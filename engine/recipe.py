@@ -93,16 +93,39 @@ class TextConfig(StrictModel):
         return self
 
 
+class TokensConfig(StrictModel):
+    """Token embeddings beside the pooled ones: FILIP's patches and words (arXiv:2111.07783), for late interaction.
+
+    Each tower's tokens go through a linear projection to one small width and are normalised. The patches are what
+    timm's ``forward_features`` gives: the last feature map of a convolutional tower, the sequence of a transformer
+    (one that averages normalises after it: with ``args: {fc_norm: false}`` every token is normalised). An image tower
+    by import path returns its tokens [n, L, ``out_dim``] or a map [n, ``out_dim``, H, W] instead of pooled features.
+    """
+
+    dim: int = Field(256, gt=0, description="width of a token's embedding")
+    prefix_tokens: bool = Field(False, description="class and register tokens of the image tower count as patches")
+    special_tokens: bool = Field(True, description="begin and end tokens count as words; texts of no others keep them")
+
+
 class ModelConfig(StrictModel):
     """Two towers, two projections into one space, and the learnable scale (and bias) of their similarity."""
 
     preset: str | None = Field(None, description="a name of presets.py; the other keys override what it sets")
     vision: VisionConfig
     text: TextConfig
-    embed_dim: int = Field(512, gt=0)
+    embed_dim: int | None = Field(
+        512, gt=0, description="width of the pooled embeddings; null: they are the mean of the tokens', normalised"
+    )
+    tokens: TokensConfig | None = Field(None, description="token embeddings too; none: pooled ones alone")
     init_logit_scale: float = Field(1 / 0.07, gt=0)
     max_logit_scale: float = Field(100.0, gt=0)
     init_logit_bias: float | None = Field(None, description="none: the model has no bias; SigLIP starts at -10")
+
+    @model_validator(mode="after")
+    def _some_embedding(self) -> ModelConfig:
+        if self.embed_dim is None and self.tokens is None:
+            raise ValueError("embed_dim is null and there are no tokens to average: give a width, or set tokens.dim")
+        return self
 
 
 class ObjectiveConfig(StrictModel):
@@ -155,6 +178,12 @@ class EvalConfig(StrictModel):
 
     splits: list[str] | None = Field(None, description="names in data.val; none: all of them")
     batch_size: int = Field(256, gt=0)
+    scores: Literal["auto", "pooled", "tokens", "rerank"] = Field(
+        "auto",
+        description="pooled: cosine of the pooled embeddings; tokens: late interaction of all pairs; rerank: late "
+        "interaction of the rerank_top best by the pooled ones; auto: tokens where the model has them",
+    )
+    rerank_top: int = Field(100, gt=0)
     captions: CaptionChoice | None = Field(None, description="which captions are candidates; none: as in data.captions")
     match_ids: list[str] = Field([], description="further ids whose equality makes a correct match (glyphs: drawing)")
     without_flags: list[str] = Field([], description="also report without the samples that carry these flags")
@@ -203,6 +232,15 @@ class Recipe(StrictModel):
             raise ValueError(
                 f"model.vision.channels is {self.model.vision.channels}, but images of data.image_mode "
                 f"{self.data.image_mode} have {expected}; make them agree"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_to_score(self) -> Recipe:
+        if self.eval.scores in ("tokens", "rerank") and self.model.tokens is None:
+            raise ValueError(
+                f"eval.scores is {self.eval.scores}, but the model has no token embeddings: set model.tokens.dim before "
+                "training, or eval.scores=pooled"
             )
         return self
 

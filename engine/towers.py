@@ -15,14 +15,18 @@ from .errors import PairtileError
 from .recipe import ModelConfig, TextConfig, VisionConfig
 
 
-def build_vision(config: VisionConfig) -> tuple[nn.Module, int]:
-    """The image tower and the width of its features.
+def build_vision(config: VisionConfig) -> tuple[nn.Module, int, int]:
+    """The image tower, the width of its pooled features and that of its tokens.
 
     Raises:
         PairtileError: timm does not know the model, or refuses the arguments.
     """
     if config.target is not None:
-        return _from_import_path(config.target, config.args, "model.vision"), cast(int, config.out_dim)
+        return (
+            _from_import_path(config.target, config.args, "model.vision"),
+            cast(int, config.out_dim),
+            cast(int, config.out_dim),
+        )
     import timm
 
     args: dict[str, Any] = {"num_classes": 0, "in_chans": config.channels, **config.args}
@@ -30,7 +34,7 @@ def build_vision(config: VisionConfig) -> tuple[nn.Module, int]:
         tower: Any = timm.create_model(cast(str, config.model), pretrained=config.pretrained, **args)
     except Exception as error:  # timm raises many kinds for arguments that do not fit
         raise PairtileError(_refused("model.vision", f"timm model {config.model}", args, error)) from None
-    return tower, getattr(tower, "head_hidden_size", None) or tower.num_features
+    return tower, getattr(tower, "head_hidden_size", None) or tower.num_features, tower.num_features
 
 
 def build_text(config: TextConfig, *, vocab_size: int, pad_id: int, context_length: int) -> tuple[nn.Module, int]:

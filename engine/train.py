@@ -234,7 +234,7 @@ def forward(engine: Any, batch: Batch, runtime: Runtime) -> DualOutput:
         return engine(batch.images, batch.input_ids, batch.attention_mask)
     blank = (batch.images.new_zeros(1, *batch.images.shape[1:]), batch.input_ids.new_zeros(1, batch.input_ids.shape[1]))
     output = engine(*blank, torch.ones_like(blank[1], dtype=torch.bool))
-    return output._replace(image_features=output.image_features[:0], text_features=output.text_features[:0])
+    return output.without_rows()
 
 
 def gradient_norm(engine: Any) -> Callable[[], float | None]:

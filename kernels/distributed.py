@@ -118,6 +118,42 @@ def gather(*tensors: Tensor | None, group: dist.ProcessGroup | None) -> tuple[Sh
     return shards[0], tuple([None if tensor is None else next(gathered) for tensor in tensors])
 
 
+def gather_tokens(
+    tokens: Tensor, mask: Tensor | None, *, group: dist.ProcessGroup | None
+) -> tuple[Shards, Tensor, Tensor | None]:
+    """All ranks' sets of tokens, padded to the longest rank's: [n_r, L_r, D] -> [N_global, L, D], as `gather` gives rows.
+
+    Args:
+        tokens: [n_r, L_r, D]; ranks may differ in n_r and L_r.
+        mask: bool [n_r, L_r], True for tokens that count, or None for all; on some ranks it may be None.
+        group: the process group; None leaves both as they are.
+
+    Returns:
+        (how the sets lie over the ranks, tokens [N_global, L, D], mask bool [N_global, L], None if all count).
+
+    Raises:
+        ValueError: on every rank, if ranks disagree on the width or the dtype of their tokens.
+    """
+    if group is None:
+        return Shards((tokens.shape[0],)), tokens, mask
+    count, length, width = tokens.shape
+    table = _exchange([length, width, int(mask is not None)], group, tokens.device)
+    lengths, widths, masked = zip(*table, strict=True)
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"tokens differ between ranks (widths by rank: {list(widths)}): every rank must pass one width"
+        )
+    longest = max(lengths)
+    padded = torch.nn.functional.pad(tokens, (0, 0, 0, longest - length))
+    shards, (rows,) = gather(padded.reshape(count, longest * width), group=group)
+    everyone = rows.view(shards.total, longest, width)
+    if not any(masked) and min(lengths) == longest:
+        return shards, everyone, None
+    counts = tokens.new_zeros(count, longest, dtype=torch.uint8)
+    counts[:, :length] = 1 if mask is None else mask
+    return shards, everyone, _all_gather(counts, shards).bool()
+
+
 def _gather_shards(*tensors: Tensor | None, group: dist.ProcessGroup) -> list[Shards | None]:
     """Agree on how the rows of each tensor lie over the ranks: one small exchange for all of them."""
     mine = [number for tensor in tensors for number in _description(tensor)]

@@ -32,11 +32,13 @@ from benchmarks import (  # noqa: E402
     contrastive,
     floor,
     harness,
+    late_interaction,
     objectives,
     peak,
     peers,
     report,
     test_contrastive,
+    test_late_interaction,
     test_objectives,
     work,
 )
@@ -88,7 +90,7 @@ def test_floor_is_the_slower_of_products_and_copies():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_floor_samples_both_rates(dtype):
-    meter = floor.FloorMeter(dtype, seconds=0.001, copy_bytes=2**20)
+    meter = floor.FloorMeter(dtype, seconds=0.001, copy_bytes=2**20, read_only=dtype == torch.bfloat16)
     meter.sample()
     meter.sample()
     found = meter.floor()
@@ -133,6 +135,7 @@ def test_bars(result):
         (bars.faster_than_best(["other"], 0.9), True, 2.0),
         (bars.leaner_than("other", 1 / 8), True, 0.1),
         (bars.leaner_than("other", 1 / 12), False, 0.1),
+        (bars.leaner_beyond_gradients("other", 1 / 8), True, (1e8 - 4096) / (1e9 - 4096)),
         (bars.share_of_floor(0.75), True, 0.8),
         (bars.share_of_floor(0.9), False, 0.8),
         (bars.peak_below(2**30), True, 10**8 / 2**20),
@@ -234,3 +237,42 @@ def test_a_row_of_every_objective(quick, name):
     assert set(found.measured) >= {found.subject, objectives.LEAN, "dense"}
     # Float32's rounding, which the least exact of the dense formulas takes tenfold through its exponentials.
     assert all(error < 1e-4 for each in found.measured.values() for error in each.errors.values())
+
+
+@pytest.mark.parametrize(
+    ("row", "sizes"),
+    [
+        ("scoring_case", (6, 40)),
+        ("scoring_case", (6, 40, torch.bfloat16)),
+        ("ragged_case", (7, 2, 20)),
+        ("topk_case", (2, 120, 10)),
+        ("filip_case", (5,)),
+        ("colbert_case", (4,)),
+        ("projection_case", (4, 60)),
+        ("alignment_case", ("sinkhorn_similarity", 3)),
+        ("alignment_case", ("soft_dtw", 3)),
+    ],
+)
+def test_rows_of_the_late_interaction_suite(row, sizes, quick):
+    """Whoever is installed agrees with ours, and all are held to float64; memory as the bars have it is not measured."""
+    *sizes, dtype = sizes if row == "scoring_case" and len(sizes) == 3 else (*sizes, torch.float32)
+    changes = {"dtype": dtype} if row == "scoring_case" else {}
+    case = getattr(test_late_interaction, row)(*sizes, **changes)
+    if all(each.missing for each in case.contenders if each.ours):
+        pytest.skip(case.contenders[0].missing)
+    result = quick(case, rounds=1)
+    rounding = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for name, each in result.measured.items():
+        assert all(error < rounding for error in each.errors.values()), name
+        assert set(each.errors) == (set(case.results) if case.exact else set())
+
+
+def test_ragged_documents_are_padded_before_the_clock_runs():
+    """For whom has no path for packed ones: the padding is told from tokens by the mask."""
+    leaves = late_interaction.ragged_inputs(2, 5, 1, 6, 8)
+    seen = []
+    late_interaction.on_padded(lambda given: seen.extend(given), leaves)
+    q, padded, mask = seen
+    assert torch.equal(mask.sum(1), leaves[2])
+    assert torch.equal(padded[mask], leaves[1])
+    torch.testing.assert_close(late_interaction.dense_ragged(q, padded, mask), late_interaction.our_ragged(*leaves))

@@ -71,17 +71,6 @@ def training_step(make_loss: Callable[[], Loss], leaves: list[Tensor]) -> Call:
     return call
 
 
-def forward_alone(make_loss: Callable[[], Loss], leaves: list[Tensor]) -> Call:
-    """The value of an evaluation: nothing is kept for a backward."""
-    loss = make_loss()
-
-    def call() -> list[Tensor]:
-        with torch.no_grad():
-            return [loss(*leaves)]
-
-    return call
-
-
 def on_device_of(make_loss: Callable[[], Loss], leaves: list[Tensor]) -> Call:
     """A training step of a formula that makes its masks on the default device."""
     call = training_step(make_loss, leaves)

@@ -57,6 +57,10 @@ class Tokenizer:
         ids[mask] = np.fromiter((i for row in rows for i in row), dtype=np.int64, count=int(lengths.sum()))
         return torch.from_numpy(ids), torch.from_numpy(mask)
 
+    def special_ids(self) -> list[int]:
+        """The ids of tokens that stand for no text: begin, end, padding and the like."""
+        return sorted(id for id, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
     def save(self, folder: str | Path) -> Path:
         """Write ``folder/tokenizer.json``, from which `load_tokenizer` makes the same tokenizer."""
         path = Path(folder) / "tokenizer.json"

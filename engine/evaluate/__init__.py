@@ -5,8 +5,18 @@ from .contact_sheet import ContactRow, draw_contact_sheet
 from .diagnostics import Diagnostics, diagnose
 from .embed import SplitEmbeddings, embed_split, make_encoder
 from .equivalence import IdCeiling, id_ceiling, match_keys
-from .retrieval import RetrievalMetrics, RetrievalResult, rank_metrics, retrieval_metrics, retrieval_ranks
+from .packed import PackedTokens
+from .retrieval import (
+    Keys,
+    RetrievalMetrics,
+    RetrievalResult,
+    rank_metrics,
+    ranks_by,
+    retrieval_metrics,
+    retrieval_ranks,
+)
 from .run import SplitResult, SubsetResult, evaluate_split, score_split
+from .scorers import PooledScorer, RerankScorer, Scores, Scoring, Side, TokenScorer
 from .sheet_rows import draw_retrieval_sheet
 from .table import print_results, read_json, to_markdown, write_json
 from .topk import topk_scores
@@ -17,11 +27,19 @@ __all__ = [
     "ContactRow",
     "Diagnostics",
     "IdCeiling",
+    "Keys",
+    "PackedTokens",
+    "PooledScorer",
+    "RerankScorer",
     "RetrievalMetrics",
     "RetrievalResult",
+    "Scores",
+    "Scoring",
+    "Side",
     "SplitEmbeddings",
     "SplitResult",
     "SubsetResult",
+    "TokenScorer",
     "classify",
     "diagnose",
     "draw_contact_sheet",
@@ -33,6 +51,7 @@ __all__ = [
     "match_keys",
     "print_results",
     "rank_metrics",
+    "ranks_by",
     "read_json",
     "retrieval_metrics",
     "retrieval_ranks",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,8 @@ from torch import Tensor
 from ..errors import PairtileError
 from ..strict import StrictModel
 from .measure import Measure
-from .retrieval import rank_metrics, retrieval_ranks
+from .retrieval import Keys, rank_metrics, ranks_by
+from .scorers import Scorer
 from .topk import SCORE_CHUNK
 
 
@@ -74,54 +75,51 @@ def class_words(config: ClassificationConfig, labels: Sequence[str | None]) -> d
     return {name: [words] if isinstance(words, str) else list(words) for name, words in config.classes.items()}
 
 
-def zero_shot_weights(
-    embed_texts: Callable[[list[str]], Tensor], classes: dict[str, list[str]], templates: Sequence[str]
-) -> Tensor:
-    """One unit vector per class: the mean over words and templates of the unit text embeddings (Radford et al., 2021).
+def class_prompts(classes: dict[str, list[str]], templates: Sequence[str]) -> list[list[str]]:
+    """Each class' words in all templates, in the order of ``classes``."""
+    return [[template.replace("{}", word) for word in words for template in templates] for words in classes.values()]
+
+
+def zero_shot_weights(features: Tensor, sizes: Sequence[int]) -> Tensor:
+    """One unit vector per class: the mean over its prompts of their unit text embeddings (Radford et al., 2021).
 
     Args:
-        embed_texts: T texts -> [T, D].
-        classes: class name -> words.
-        templates: each with one "{}".
+        features: [T, D], the prompts of all classes, one class behind the other.
+        sizes: how many prompts each class has.
 
     Returns:
-        float32 [number of classes, D] in the order of ``classes``.
+        float32 [number of classes, D].
     """
-    prompts = [[template.replace("{}", word) for word in words for template in templates] for words in classes.values()]
-    features = F.normalize(embed_texts([prompt for group in prompts for prompt in group]).float(), dim=1)
-    means = torch.stack([part.mean(dim=0) for part in features.split([len(group) for group in prompts])])
-    return F.normalize(means, dim=1)
+    means = [part.mean(dim=0) for part in F.normalize(features.float(), dim=1).split(list(sizes))]
+    return F.normalize(torch.stack(means), dim=1)
 
 
 def classify(
-    image_features: Tensor,
+    scorer: Scorer,
     labels: Sequence[str | None],
     class_names: Sequence[str],
-    class_weights: Tensor,
     *,
     label: str,
+    device: torch.device | str = "cpu",
     chunk: int = SCORE_CHUNK,
 ) -> ClassificationResult:
     """Accuracy of choosing the class with the highest score; ties and NaN count against the model, as in retrieval.
 
     Args:
-        image_features: [N, D], same device as class_weights [C, D].
+        scorer: of N images and C classes.
         labels: N label values, None where a sample has none.
-        class_names: C names in the order of the weights.
+        class_names: C names in the scorer's order.
         label: name of the label field, for the result.
+        device: of the scores.
         chunk: scores held at once.
     """
     number = {name: row for row, name in enumerate(class_names)}
-    known = [row for row, value in enumerate(labels) if value in number]
-    targets = torch.tensor([number[labels[row]] for row in known], dtype=torch.int64)  # type: ignore[index]
-    device = image_features.device
-    ranks = retrieval_ranks(
-        image_features[torch.tensor(known, dtype=torch.int64, device=device)],
-        class_weights,
-        targets.to(device).unsqueeze(1),
-        torch.arange(len(class_names), device=device).unsqueeze(1),
-        chunk=chunk,
-    ).cpu()
+    # -1 agrees with no class: such an image asks nothing
+    targets = torch.tensor([number.get(value, -1) if value is not None else -1 for value in labels], dtype=torch.int64)
+    keys = Keys(targets.to(device).unsqueeze(1), torch.arange(len(class_names), device=device).unsqueeze(1))
+    ranks = ranks_by(scorer, [keys], chunk=chunk)[0].cpu()
+    known = targets >= 0
+    targets, ranks = targets[known], ranks[known]
     metrics = rank_metrics(ranks, len(class_names))
     counts = targets.bincount(minlength=len(class_names))
     hits = targets[ranks == 1].bincount(minlength=len(class_names))
@@ -135,6 +133,6 @@ def classify(
         majority=float(counts.max() / counts.sum()),
         per_class={name: float(per_class[row]) for row, name in enumerate(class_names) if present[row]},
         samples_per_class={name: int(counts[row]) for row, name in enumerate(class_names) if present[row]},
-        samples=len(known),
-        excluded=len(labels) - len(known),
+        samples=len(targets),
+        excluded=len(labels) - len(targets),
     )

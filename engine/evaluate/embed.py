@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from ..data import iterate_split
 from ..errors import PairtileError
 from .gather import Ranks
+from .packed import PackedTokens
+from .scorers import Side
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,16 @@ class SplitEmbeddings:
     owner_text: Tensor  # int64 [P]
     owner_image: Tensor  # int64 [P]
     skipped: list[tuple[str, str]]  # (key, reason)
+    image_tokens: PackedTokens | None = None  # of the N images; None without late interaction
+    text_tokens: PackedTokens | None = None  # of the M captions
+
+    @property
+    def images(self) -> Side:
+        return Side(self.image_features, self.image_tokens)
+
+    @property
+    def captions(self) -> Side:
+        return Side(self.text_features, self.text_tokens)
 
     def ambiguous_captions(self) -> int:
         """How many captions have a text that is also the caption of another id."""
@@ -63,9 +75,11 @@ class Encoder:
         *,
         batch_size: int,
         autocast: torch.dtype | None,
+        tokens: bool = False,
     ) -> None:
-        # A DeepSpeed or DDP wrapper hides the two methods behind `.module`.
+        # A DeepSpeed or DDP wrapper hides the methods behind `.module`.
         self.model = model if hasattr(model, "encode_image") else model.module
+        self.tokens = tokens
         self.tokenizer = tokenizer
         self.context_length = context_length
         self.ranks = ranks
@@ -76,29 +90,52 @@ class Encoder:
         return torch.autocast(self.ranks.device.type, self.autocast) if self.autocast is not None else nullcontext()
 
     @torch.no_grad()
-    def images(self, images: Tensor) -> Tensor:
-        """uint8 [n, C, H, W] -> float32 [n, D] on the CPU."""
+    def images(self, images: Tensor, count: int) -> Side:
+        """The first ``count`` of the images uint8 [n, C, H, W], in float32 on the CPU."""
+        images = images.to(self.ranks.device)
         with self.precision():
-            features = self.model.encode_image(images.to(self.ranks.device), normalize=True)
-        return _unit(features).cpu()
+            if self.tokens:
+                pooled, tokens = self.model.embed_image(images)
+            else:
+                pooled, tokens = self.model.encode_image(images, normalize=True), None
+        return _side(pooled, tokens, count)
 
     @torch.no_grad()
-    def texts(self, texts: list[str]) -> Tensor:
-        """T texts -> float32 [T, D] on the CPU; each rank embeds a slice, all ranks get all. Collective."""
-        if not texts:
-            return torch.zeros(0, 0)
+    def texts(self, texts: list[str]) -> Side:
+        """T texts, in float32 on the CPU; each rank embeds a slice, all ranks get all. Collective."""
         share = -(-len(texts) // self.ranks.world_size)
         mine = texts[self.ranks.rank * share :][:share]
-        parts: list[Tensor] = []
+        parts: list[Side] = []
         for start in range(0, share, self.batch_size):
             batch = mine[start : start + self.batch_size]
-            input_ids, attention_mask = self.tokenizer.encode(batch or texts[:1], self.context_length)
+            encoded = self.tokenizer.encode(batch or texts[:1], self.context_length)
+            input_ids, attention_mask = (each.to(self.ranks.device) for each in encoded)
             with self.precision():
-                features = self.model.encode_text(
-                    input_ids.to(self.ranks.device), attention_mask.to(self.ranks.device), normalize=True
-                )
-            parts.append(_unit(features[: len(batch)]))
-        return self.ranks.gather_rows(torch.cat(parts))
+                if self.tokens:
+                    pooled, tokens = self.model.embed_text(input_ids, attention_mask)
+                else:
+                    pooled, tokens = self.model.encode_text(input_ids, attention_mask, normalize=True), None
+            parts.append(_side(pooled, tokens, len(batch)))
+        return self.gathered(parts)
+
+    def gathered(self, parts: list[Side]) -> Side:
+        """The parts of this rank in their order, behind those of the ranks before it. Collective."""
+        pooled = self.ranks.gather_rows(torch.cat([part.pooled for part in parts]) if parts else torch.zeros(0, 0))
+        if not self.tokens:
+            return Side(pooled)
+        mine = [part.tokens for part in parts if part.tokens is not None]
+        rows = torch.cat([tokens.rows for tokens in mine]) if mine else torch.zeros(0, 0)
+        lengths = torch.cat([tokens.lengths for tokens in mine]) if mine else torch.zeros(0, dtype=torch.int64)
+        rows, lengths = self.ranks.gather_rows(rows), self.ranks.gather_rows(lengths.unsqueeze(1)).squeeze(1)
+        return Side(pooled, PackedTokens.of_lengths(rows, lengths))
+
+
+def _side(pooled: Tensor, tokens: tuple[Tensor, Tensor] | None, count: int) -> Side:
+    """The first ``count`` rows of what a model gave: (pooled [n, D], (tokens [n, L, d], mask bool [n, L]) or None)."""
+    packed = None if tokens is None else PackedTokens.of_padded(tokens[0][:count], tokens[1][:count])
+    if packed is not None:
+        packed = PackedTokens(_unit(packed.rows), packed.cu_seqlens).to("cpu")
+    return Side(_unit(pooled[:count]).cpu(), packed)
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -130,11 +167,18 @@ def make_encoder(
     rank: int = 0,
     world_size: int = 1,
     autocast: torch.dtype | None = None,
+    tokens: bool = False,
 ) -> Encoder:
-    """The encoder for a model and the tokenizer of a data set."""
+    """The encoder for a model and the tokenizer of a data set; with ``tokens`` it gives token embeddings too."""
     ranks = Ranks(rank, world_size, group, torch.device(device))
     return Encoder(
-        model, dataset.tokenizer, dataset.config.context_length, ranks, batch_size=batch_size, autocast=autocast
+        model,
+        dataset.tokenizer,
+        dataset.config.context_length,
+        ranks,
+        batch_size=batch_size,
+        autocast=autocast,
+        tokens=tokens,
     )
 
 
@@ -153,8 +197,8 @@ def embed_split(
         PairtileError: no sample of the split could be read.
     """
     with evaluation_mode(encoder.model):
-        features, metadata = _embed_images(encoder, dataset, progress)
-        features = encoder.ranks.gather_rows(features)
+        mine, metadata = _embed_images(encoder, dataset, progress)
+        images = encoder.gathered(mine)
         parts = encoder.ranks.gather_json(metadata)
         samples = [sample for part in parts for sample in part["samples"]]
         skipped = [(key, reason) for part in parts for key, reason in part["skipped"]]
@@ -163,18 +207,18 @@ def embed_split(
             raise PairtileError(
                 f"nothing to evaluate: no sample of '{split}' could be read ({reasons}); check the data"
             )
-        return _assemble(encoder, features, samples, skipped)
+        return _assemble(encoder, images, samples, skipped)
 
 
 def _embed_images(
     encoder: Encoder, dataset: Any, progress: Callable[[int], None] | None
-) -> tuple[Tensor, dict[str, list[Any]]]:
-    """This rank's part: float32 [n_r, D] and its metadata as plain values."""
+) -> tuple[list[Side], dict[str, list[Any]]]:
+    """This rank's part, a batch at a time, and its metadata as plain values."""
     ranks = encoder.ranks
     # The loader counts a batch over all ranks, the encoder on one.
     total = encoder.batch_size * ranks.world_size
     batches = iter(iterate_split(dataset, batch_size=total, rank=ranks.rank, world_size=ranks.world_size))
-    parts: list[Tensor] = []
+    parts: list[Side] = []
     samples: list[dict[str, Any]] = []
     skipped: list[tuple[str, str]] = []
     while True:
@@ -189,11 +233,10 @@ def _embed_images(
             skipped += [(str(key), str(reason)) for key, reason in batch.skipped]
         if any(shape):
             images = batch.images if batch is not None and rows else torch.zeros(1, *shape, dtype=torch.uint8)
-            parts.append(encoder.images(images)[:rows])
+            parts.append(encoder.images(images, rows))
         if progress is not None:
             progress(rows)
-    features = torch.cat(parts) if parts else torch.zeros(0, 0)
-    return features, {"samples": samples, "skipped": skipped}
+    return parts, {"samples": samples, "skipped": skipped}
 
 
 def _plain_samples(batch: Any) -> list[dict[str, Any]]:
@@ -216,7 +259,7 @@ def _plain_samples(batch: Any) -> list[dict[str, Any]]:
 
 
 def _assemble(
-    encoder: Encoder, features: Tensor, samples: list[dict[str, Any]], skipped: list[tuple[str, str]]
+    encoder: Encoder, images: Side, samples: list[dict[str, Any]], skipped: list[tuple[str, str]]
 ) -> SplitEmbeddings:
     """Sorts by sample index, drops a sample that two ranks delivered, and embeds the distinct texts."""
     position = {sample["index"]: row for row, sample in reversed(list(enumerate(samples)))}
@@ -230,9 +273,11 @@ def _assemble(
             caption = captions.setdefault((text, sample["id"]), len(captions))
             owners[(caption, image)] = None
     distinct = {text: row for row, text in enumerate(dict.fromkeys(text for text, _ in captions))}
-    text_features = encoder.texts(list(distinct))
-    if not captions:
-        text_features = features.new_zeros(0, features.shape[1])
+    # Of a split without captions: no rows of the images' widths.
+    nothing = torch.zeros(0, dtype=torch.int64)
+    texts = encoder.texts(list(distinct)) if captions else images.select(nothing)
+    images = images.select(torch.tensor(order))
+    texts = texts.select(torch.tensor([distinct[text] for text, _ in captions], dtype=torch.int64))
     pairs = torch.tensor(list(owners), dtype=torch.int64).reshape(-1, 2)
 
     def names(field: str) -> list[str]:
@@ -242,8 +287,8 @@ def _assemble(
         return torch.tensor([sample[field].get(name, missing) for sample in samples])
 
     return SplitEmbeddings(
-        image_features=features[order],
-        text_features=text_features[[distinct[text] for text, _ in captions]],
+        image_features=images.pooled,
+        text_features=texts.pooled,
         index=torch.tensor([sample["index"] for sample in samples]),
         image_ids=torch.tensor([sample["id"] for sample in samples]),
         ids_extra={name: column("extra", name, -1) for name in names("extra")},
@@ -255,4 +300,6 @@ def _assemble(
         owner_text=pairs[:, 0].contiguous(),
         owner_image=pairs[:, 1].contiguous(),
         skipped=skipped,
+        image_tokens=images.tokens,
+        text_tokens=texts.tokens,
     )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..strict import StrictModel
 from .measure import Measure
+from .scorers import PooledScorer, Scorer, Scoring, Side
 from .topk import SCORE_CHUNK, query_blocks
-
-#: Scores closer than this, relative to the norms, are a tie. Two equal embeddings can differ by about 1e-7 in a
-#: float32 product, depending on where in the matrix they stand; a tie must not be decided by that.
-TIE_TOLERANCE = 1e-6
 
 
 class RetrievalMetrics(StrictModel):
@@ -34,7 +34,18 @@ class RetrievalResult(StrictModel):
     text_to_image: RetrievalMetrics
 
 
-@torch.no_grad()
+class Keys(NamedTuple):
+    """What counts as correct: column 0 is the id, further columns are equivalences such as "same drawing".
+
+    Attributes:
+        queries: int64 [N, K].
+        candidates: int64 [M, K].
+    """
+
+    queries: Tensor
+    candidates: Tensor
+
+
 def retrieval_ranks(
     queries: Tensor,
     candidates: Tensor,
@@ -43,7 +54,13 @@ def retrieval_ranks(
     *,
     chunk: int = SCORE_CHUNK,
 ) -> Tensor:
-    """Rank of each query's best correct candidate, 1 for the first place.
+    """:func:`ranks_by` of the dot products of queries [N, D] and candidates [M, D], with one set of keys."""
+    return ranks_by(PooledScorer(queries, candidates), [Keys(query_keys, candidate_keys)], chunk=chunk)[0]
+
+
+@torch.no_grad()
+def ranks_by(scorer: Scorer, keys: Sequence[Keys], *, chunk: int = SCORE_CHUNK) -> list[Tensor]:
+    """Rank of each query's best correct candidate, 1 for the first place, for each of several ideas of correct.
 
     A candidate is correct when at least one key column of the two agrees and is not -1. The rank is
     ``1 + #{wrong candidates that score at least as high as the best correct one}``: ties count against the model, so
@@ -52,38 +69,33 @@ def retrieval_ranks(
     have NaN or infinite scores is lost, with rank M + 1.
 
     Args:
-        queries: [N, D]; 16-bit inputs are multiplied in float32, float64 stays float64.
-        candidates: [M, D].
-        query_keys: int64 [N, K]; column 0 is the id, further columns are equivalences such as "same drawing".
-        candidate_keys: int64 [M, K].
+        scorer: of N queries and M candidates.
+        keys: on the device of the scores, which are computed once for all of them.
         chunk: scores held at once; memory is O(chunk + M), never N x M.
 
     Returns:
-        int64 [N]; 0 for queries without any correct candidate.
+        int64 [N] for each of ``keys``; 0 for queries without any correct candidate.
     """
-    _check_keys(queries, candidates, query_keys, candidate_keys)
-    ranks = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    if len(candidates) == 0:
+    for each in keys:
+        _check_keys(scorer, each)
+    ranks = [torch.zeros(scorer.queries, dtype=torch.int64, device=each.queries.device) for each in keys]
+    if scorer.candidates == 0:
         return ranks
-    dtype = torch.float64 if torch.float64 in (queries.dtype, candidates.dtype) else torch.float32
-    candidates = candidates.to(dtype)
-    norms = candidates.norm(dim=1)
-    for block in query_blocks(len(queries), len(candidates), chunk):
-        rows = queries[block].to(dtype)
-        scores = rows @ candidates.T
-        correct = _agreement(query_keys[block], candidate_keys)
-        best, where = scores.masked_fill(~correct | scores.isnan(), -torch.inf).max(dim=1)
-        tolerance = TIE_TOLERANCE * rows.norm(dim=1) * norms[where]
-        # Written with "less than", so that a NaN on either side counts against the model.
-        behind = scores < (best - tolerance).unsqueeze(1)
-        rank = 1 + (~behind & ~correct).sum(dim=1)
-        rank = rank.masked_fill(~best.isfinite(), len(candidates) + 1)
-        ranks[block] = rank.masked_fill(~correct.any(dim=1), 0)
+    for block in query_blocks(scorer.queries, scorer.candidates, chunk):
+        scores = scorer.scores(block)
+        for each, found in zip(keys, ranks):
+            correct = _agreement(each.queries[block], each.candidates)
+            best, where = scores.masked_fill(~correct | scores.isnan(), -torch.inf).max(dim=1)
+            # Written with "less than", so that a NaN on either side counts against the model.
+            behind = scores < (best - scorer.tolerance(block, where)).unsqueeze(1)
+            rank = 1 + (~behind & ~correct).sum(dim=1)
+            rank = rank.masked_fill(~best.isfinite(), scorer.candidates + 1)
+            found[block] = rank.masked_fill(~correct.any(dim=1), 0)
     return ranks
 
 
 def rank_metrics(ranks: Tensor, candidates: int) -> RetrievalMetrics:
-    """Recall at 1, 5, 10 and the median rank from the ranks of :func:`retrieval_ranks`."""
+    """Recall at 1, 5, 10 and the median rank from the ranks of :func:`ranks_by`."""
     asked = ranks[ranks > 0]
     found = asked <= candidates
 
@@ -103,28 +115,27 @@ def rank_metrics(ranks: Tensor, candidates: int) -> RetrievalMetrics:
     )
 
 
-def retrieval_metrics(
-    image_features: Tensor,
-    text_features: Tensor,
-    image_keys: Tensor,
-    text_keys: Tensor,
-    *,
-    chunk: int = SCORE_CHUNK,
-) -> RetrievalResult:
-    """Recall at 1, 5, 10 and median rank, image to text and text to image.
+def retrieval_metrics(images: Side, texts: Side, keys: Sequence[Keys], scoring: Scoring) -> list[RetrievalResult]:
+    """Recall at 1, 5, 10 and median rank, image to text and text to image, for each of several ideas of correct.
 
     Several captions (or images) of one id are all correct; the best placed one counts. **Equal captions of different
     ids** are not correct for each other unless a key column says so: their embeddings are equal too, so they tie,
     ties count against the model, and an image whose only caption is shared so cannot reach rank 1.
 
-    Args: as in :func:`retrieval_ranks`, with image_features [N, D] and text_features [M, D].
+    Args:
+        images: N images. texts: M texts.
+        keys: of the images as queries [N, K] and the texts as candidates [M, K].
+        scoring: which scores rank.
     """
-    to_text = retrieval_ranks(image_features, text_features, image_keys, text_keys, chunk=chunk)
-    to_image = retrieval_ranks(text_features, image_features, text_keys, image_keys, chunk=chunk)
-    return RetrievalResult(
-        image_to_text=rank_metrics(to_text, len(text_features)),
-        text_to_image=rank_metrics(to_image, len(image_features)),
-    )
+    turned = [Keys(each.candidates, each.queries) for each in keys]
+    to_text = ranks_by(scoring.scorer(images, texts), keys, chunk=scoring.chunk)
+    to_image = ranks_by(scoring.scorer(texts, images), turned, chunk=scoring.chunk)
+    return [
+        RetrievalResult(
+            image_to_text=rank_metrics(of_images, len(texts)), text_to_image=rank_metrics(of_texts, len(images))
+        )
+        for of_images, of_texts in zip(to_text, to_image)
+    ]
 
 
 def _agreement(query_keys: Tensor, candidate_keys: Tensor) -> Tensor:
@@ -136,10 +147,12 @@ def _agreement(query_keys: Tensor, candidate_keys: Tensor) -> Tensor:
     return correct
 
 
-def _check_keys(queries: Tensor, candidates: Tensor, query_keys: Tensor, candidate_keys: Tensor) -> None:
-    shapes = [tuple(t.shape) for t in (queries, candidates, query_keys, candidate_keys)]
-    two_dimensional = all(len(shape) == 2 for shape in shapes)
-    if not two_dimensional or queries.shape[1] != candidates.shape[1] or query_keys.shape[1] != candidate_keys.shape[1]:
-        raise ValueError(f"expected [N, D], [M, D], [N, K], [M, K], got {shapes}")
-    if len(queries) != len(query_keys) or len(candidates) != len(candidate_keys):
-        raise ValueError(f"embeddings and keys must have one row per item, got {shapes}")
+def _check_keys(scorer: Scorer, keys: Keys) -> None:
+    shapes = [tuple(each.shape) for each in keys]
+    if any(len(shape) != 2 for shape in shapes) or shapes[0][1] != shapes[1][1]:
+        raise ValueError(f"expected keys [N, K] and [M, K], got {shapes}")
+    if (shapes[0][0], shapes[1][0]) != (scorer.queries, scorer.candidates):
+        raise ValueError(
+            f"embeddings and keys must have one row per item, got keys {shapes} for {scorer.queries} queries and "
+            f"{scorer.candidates} candidates"
+        )

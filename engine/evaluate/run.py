@@ -13,11 +13,19 @@ from torch import Tensor
 
 from ..errors import PairtileError
 from ..strict import StrictModel
-from .classification import ClassificationConfig, ClassificationResult, class_words, classify, zero_shot_weights
+from .classification import (
+    ClassificationConfig,
+    ClassificationResult,
+    class_prompts,
+    class_words,
+    classify,
+    zero_shot_weights,
+)
 from .diagnostics import Diagnostics, diagnose
 from .embed import Encoder, SplitEmbeddings, embed_split, evaluation_mode, make_encoder
 from .equivalence import IdCeiling, id_ceiling, match_keys
-from .retrieval import RetrievalMetrics, RetrievalResult, retrieval_metrics
+from .retrieval import Keys, RetrievalMetrics, RetrievalResult, retrieval_metrics
+from .scorers import GroupMeanScorer, PooledScorer, Scorer, Scores, Scoring, Side, TokenScorer
 from .sheet_rows import draw_retrieval_sheet
 from .topk import SCORE_CHUNK
 
@@ -47,6 +55,10 @@ class SplitResult(StrictModel):
     ambiguous_captions: int
     #: Unreadable samples, by reason.
     skipped: dict[str, int]
+    #: What ranked: cosines of pooled embeddings, late interaction, or late interaction of the best by cosine.
+    scores: Scores = "pooled"
+    #: How many of them; None where nothing was scored again.
+    rerank_top: int | None = None
 
     @property
     def retrieval(self) -> SubsetResult:
@@ -87,6 +99,8 @@ def evaluate_split(
     contact_sheet: Path | None = None,
     progress: Callable[[int], None] | None = None,
     chunk: int = SCORE_CHUNK,
+    scores: Scores = "pooled",
+    rerank_top: int = 100,
 ) -> SplitResult:
     """Zero-shot retrieval both ways and, when asked for, zero-shot classification.
 
@@ -95,7 +109,9 @@ def evaluate_split(
 
     Args:
         model: has encode_image(images uint8 [n, C, H, W], normalize=True) and encode_text(input_ids int64 [n, L],
-            attention_mask bool [n, L], normalize=True), both -> [n, D]; or wraps such a model as ``.module``.
+            attention_mask bool [n, L], normalize=True), both -> [n, D]; or wraps such a model as ``.module``. For late
+            interaction embed_image and embed_text of the same arguments, both -> (pooled [n, D], (tokens [n, l, d],
+            mask bool [n, l])).
         dataset: a split with ``tokenizer`` and ``config.context_length``, for :func:`..data.iterate_split`.
         split: its name in the result.
         batch_size: images or texts per forward and rank.
@@ -107,6 +123,7 @@ def evaluate_split(
         contact_sheet: PNG file that the first rank draws.
         progress: called with the number of images of each batch on this rank.
         chunk: scores held at once.
+        scores, rerank_top: what ranks, as in :class:`.scorers.Scoring`; diagnostics are of the pooled embeddings.
 
     Raises:
         PairtileError: no readable sample, or no such label.
@@ -120,28 +137,30 @@ def evaluate_split(
         rank=rank,
         world_size=world_size,
         autocast=autocast,
+        tokens=scores != "pooled",
     )
+    scoring = Scoring(scores, rerank_top, device, chunk)
     embeddings = embed_split(encoder, dataset, split=split, progress=progress)
     classifier = None
     if classification is not None and classification.split in (None, split):
-        classifier = _classifier(encoder, embeddings, classification, split)
+        classifier = _classifier(encoder, embeddings, classification, split, scoring)
 
     result = None
     if rank == 0:
         # A surrounding autocast must not round the scores.
         with torch.autocast(torch.device(device).type, enabled=False):
             result = score_split(
-                embeddings, split=split, match_ids=match_ids, without_flags=without_flags, device=device, chunk=chunk
+                embeddings, split=split, match_ids=match_ids, without_flags=without_flags, scoring=scoring
             )
             if classifier is not None and classification is not None:
-                names, weights = classifier
-                features, labels = embeddings.image_features.to(device), embeddings.labels[classification.label]
+                scorer, names = classifier
+                label = classification.label
                 result.classification = classify(
-                    features, labels, names, weights.to(device), label=classification.label, chunk=chunk
+                    scorer, embeddings.labels[label], names, label=label, device=device, chunk=chunk
                 )
             if contact_sheet is not None:
                 draw_retrieval_sheet(
-                    contact_sheet, dataset, embeddings, split=split, match_ids=match_ids, result=result
+                    contact_sheet, dataset, embeddings, split=split, scoring=scoring, match_ids=match_ids, result=result
                 )
     # The first rank's figures count everywhere: a decision taken on them must not differ between ranks.
     shared = encoder.ranks.from_first(None if result is None else result.model_dump_json())
@@ -154,11 +173,12 @@ def score_split(
     split: str,
     match_ids: Sequence[str] = ("drawing",),
     without_flags: Sequence[str] = ("drawing_in_train",),
-    device: torch.device | str = "cpu",
-    chunk: int = SCORE_CHUNK,
+    scoring: Scoring | None = None,
 ) -> SplitResult:
     """Retrieval and diagnostics of a split that is embedded already; arguments as in :func:`evaluate_split`."""
-    images, texts = embeddings.image_features.to(device), embeddings.text_features.to(device)
+    scoring = scoring or Scoring()
+    images, texts = embeddings.image_features.to(scoring.device), embeddings.text_features.to(scoring.device)
+    owners = embeddings.owner_text.to(scoring.device), embeddings.owner_image.to(scoring.device)
     everything = torch.ones(len(images), dtype=torch.bool)
     subsets = {split: everything}
     for flag in without_flags:
@@ -166,21 +186,21 @@ def score_split(
             subsets[f"{split}/without_{flag}"] = ~embeddings.flags[flag]
     return SplitResult(
         split=split,
-        subsets={
-            name: _score_subset(embeddings, images, texts, kept, match_ids, chunk) for name, kept in subsets.items()
-        },
-        diagnostics=diagnose(images, texts, embeddings.owner_text.to(device), embeddings.owner_image.to(device)),
+        subsets={name: _score_subset(embeddings, kept, match_ids, scoring) for name, kept in subsets.items()},
+        diagnostics=diagnose(images, texts, *owners),
         classification=None,
         ambiguous_captions=embeddings.ambiguous_captions(),
         skipped=dict(Counter(reason for _, reason in embeddings.skipped)),
+        scores=scoring.by,
+        rerank_top=scoring.top if scoring.by == "rerank" else None,
     )
 
 
 def _score_subset(
-    embeddings: SplitEmbeddings, images: Tensor, texts: Tensor, kept: Tensor, match_ids: Sequence[str], chunk: int
+    embeddings: SplitEmbeddings, kept: Tensor, match_ids: Sequence[str], scoring: Scoring
 ) -> SubsetResult:
     """Retrieval among the kept images and the captions that describe at least one of them."""
-    kept_texts = torch.zeros(len(texts), dtype=torch.bool)
+    kept_texts = torch.zeros(len(embeddings.texts), dtype=torch.bool)
     kept_texts[embeddings.owner_text[kept[embeddings.owner_image]]] = True
     image_keys, text_keys = match_keys(
         embeddings.image_ids,
@@ -189,12 +209,15 @@ def _score_subset(
         embeddings.owner_text,
         embeddings.owner_image,
     )
-    images, texts = images[kept.to(images.device)], texts[kept_texts.to(texts.device)]
-    image_keys, text_keys = image_keys[kept].to(images.device), text_keys[kept_texts].to(texts.device)
-    result = retrieval_metrics(images, texts, image_keys, text_keys, chunk=chunk)
+    images, texts = embeddings.images, embeddings.captions
+    if not bool(kept.all()):
+        images, texts = images.select(kept.nonzero().flatten()), texts.select(kept_texts.nonzero().flatten())
+    keys = Keys(image_keys[kept].to(scoring.device), text_keys[kept_texts].to(scoring.device))
+    asked = [keys] if keys.queries.shape[1] == 1 else [keys, Keys(keys.queries[:, :1], keys.candidates[:, :1])]
+    result, *others = retrieval_metrics(images, texts, asked, scoring)
     id_only, ceiling = None, None
-    if image_keys.shape[1] > 1:
-        id_only = retrieval_metrics(images, texts, image_keys[:, :1], text_keys[:, :1], chunk=chunk)
+    if others:
+        id_only = others[0]
         drawings = embeddings.ids_extra[next(name for name in match_ids if name in embeddings.ids_extra)][kept]
         ceiling = id_ceiling(embeddings.image_ids[kept], drawings, embeddings.text_ids[kept_texts])
     return SubsetResult(
@@ -208,9 +231,12 @@ def _score_subset(
 
 
 def _classifier(
-    encoder: Encoder, embeddings: SplitEmbeddings, config: ClassificationConfig, split: str
-) -> tuple[list[str], Tensor]:
-    """Class names and their weights [C, D]. Collective, since the prompts are embedded in shares."""
+    encoder: Encoder, embeddings: SplitEmbeddings, config: ClassificationConfig, split: str, scoring: Scoring
+) -> tuple[Scorer, list[str]]:
+    """The scorer of images and classes, and the classes' names. Collective: prompts are embedded in shares.
+
+    Pooled embeddings are averaged over a class' prompts, as in CLIP; scores of late interaction are, as in FILIP.
+    """
     if config.label not in embeddings.labels:
         known = ", ".join(embeddings.labels) or "none"
         raise PairtileError(f"samples of '{split}' have no label '{config.label}' to classify; labels found: {known}")
@@ -220,5 +246,16 @@ def _classifier(
             f"no sample of '{split}' has a '{config.label}' among the classes {', '.join(classes)}; "
             "name the label values of the data"
         )
+    prompts = class_prompts(classes, config.templates)
+    sizes = [len(group) for group in prompts]
     with evaluation_mode(encoder.model):
-        return list(classes), zero_shot_weights(encoder.texts, classes, config.templates)
+        texts = encoder.texts([prompt for group in prompts for prompt in group])
+    return _class_scorer(embeddings.images, texts, sizes, scoring), list(classes)
+
+
+def _class_scorer(images: Side, prompts: Side, sizes: list[int], scoring: Scoring) -> Scorer:
+    if images.tokens is not None and prompts.tokens is not None:
+        # a few classes: there is nothing to choose before all are compared
+        return GroupMeanScorer(TokenScorer(images.tokens, prompts.tokens, scoring.device), sizes)
+    weights = zero_shot_weights(prompts.pooled, sizes)
+    return PooledScorer(images.pooled.to(scoring.device), weights.to(scoring.device))

@@ -13,8 +13,9 @@ from ..data import iterate_split
 from .contact_sheet import ContactRow, draw_contact_sheet
 from .embed import SplitEmbeddings
 from .equivalence import match_keys
-from .retrieval import retrieval_ranks
-from .topk import topk_scores
+from .retrieval import Keys, ranks_by
+from .scorers import Scoring
+from .topk import best_first
 
 if TYPE_CHECKING:
     from .run import SplitResult
@@ -26,6 +27,7 @@ def draw_retrieval_sheet(
     embeddings: SplitEmbeddings,
     *,
     split: str,
+    scoring: Scoring,
     match_ids: Sequence[str] = ("drawing",),
     result: SplitResult | None = None,
     rows: int = 10,
@@ -40,6 +42,7 @@ def draw_retrieval_sheet(
         path: the PNG.
         dataset: the split that ``embeddings`` come from.
         split: its name, for the title.
+        scoring: what ranks.
         match_ids: as in :func:`evaluate_split`.
         result: adds the split's recalls below the title.
         seed: of the choice of queries.
@@ -53,9 +56,10 @@ def draw_retrieval_sheet(
     image_keys, text_keys = match_keys(
         embeddings.image_ids, embeddings.text_ids, equivalences, embeddings.owner_text, embeddings.owner_image
     )
-    queries = embeddings.text_features[chosen]
-    ranks = retrieval_ranks(queries, embeddings.image_features, text_keys[chosen], image_keys).tolist()
-    _, places = topk_scores(queries, embeddings.image_features, top)
+    scorer = scoring.scorer(embeddings.captions.select(chosen), embeddings.images)
+    keys = Keys(text_keys[chosen].to(scoring.device), image_keys.to(scoring.device))
+    ranks = ranks_by(scorer, [keys], chunk=scoring.chunk)[0].tolist()
+    places = best_first(scorer.scores(slice(0, len(chosen))).float(), top).cpu()
     pixels = _pixels(dataset, {int(index) for index in embeddings.index[places.flatten()]})
 
     sheet = []

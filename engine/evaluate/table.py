@@ -84,6 +84,11 @@ def notes(results: Sequence[SplitResult]) -> list[str]:
     """What a reader must know beside the figures: samples that could not be read, queries without an answer."""
     lines = []
     for result in results:
+        if result.scores != "pooled":
+            which = (
+                "of all pairs" if result.rerank_top is None else f"of the {result.rerank_top} best by pooled embeddings"
+            )
+            lines.append(f"{result.split}: scored by late interaction {which}")
         if result.skipped:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in sorted(result.skipped.items()))
             lines.append(f"{result.split}: {sum(result.skipped.values())} samples skipped ({reasons})")

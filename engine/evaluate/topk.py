@@ -34,22 +34,29 @@ def topk_scores(queries: Tensor, candidates: Tensor, k: int, *, chunk: int = SCO
     Returns:
         scores float32 [N, min(k, M)] and indices int64 [N, min(k, M)].
     """
-    k = min(k, len(candidates))
-    scores = torch.empty(len(queries), k, dtype=torch.float32, device=queries.device)
-    indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
+    scores = torch.empty(len(queries), min(k, len(candidates)), dtype=torch.float32, device=queries.device)
+    indices = torch.empty(scores.shape, dtype=torch.int64, device=queries.device)
     columns = candidates.float().T
-    position = torch.arange(len(candidates), device=queries.device)
     for block in query_blocks(len(queries), len(candidates), chunk):
-        # Adding zero turns -0.0 into 0.0, so that the two compare as equal below.
-        block_scores = (queries[block].float() @ columns).nan_to_num_(
+        block_scores = queries[block].float() @ columns
+        indices[block] = best_first(block_scores, k)
+        scores[block] = block_scores.gather(1, indices[block]).nan_to_num_(
             nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf
         )
-        order = _sortable(block_scores + 0.0) << 32
-        # The low word makes every key distinct and higher for lower indices: torch.topk leaves ties open.
-        chosen = (order | (0xFFFFFFFF - position)).topk(k, dim=1).indices
-        indices[block] = chosen
-        scores[block] = block_scores.gather(1, chosen)
     return scores, indices
+
+
+def best_first(scores: Tensor, k: int) -> Tensor:
+    """The places of the ``k`` best of each row, int64 [n, min(k, M)]: equal scores by the lowest place, NaN as -inf.
+
+    Args:
+        scores: float32 [n, M].
+    """
+    # Adding zero turns -0.0 into 0.0, so that the two compare as equal below.
+    finite = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
+    position = torch.arange(scores.shape[1], device=scores.device)
+    # The low word makes every key distinct and higher for lower indices: torch.topk leaves ties open.
+    return ((_sortable(finite) << 32) | (0xFFFFFFFF - position)).topk(min(k, scores.shape[1]), dim=1).indices
 
 
 def _sortable(scores: Tensor) -> Tensor:

@@ -17,9 +17,8 @@ autocast too.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
@@ -37,6 +36,7 @@ from .multiple_negatives import (
     RankingOptions,
     multiple_negatives_ranking,
 )
+from .switch import Replacement, Switch, library
 
 __all__ = ["accelerate", "disable", "enable", "enabled", "restore"]
 
@@ -52,22 +52,17 @@ def enable() -> None:
     Raises:
         ImportError: sentence-transformers is not installed, or is older than version 5.
     """
-    _switch.set(always=True)
+    _switch.always(True)
 
 
 def disable() -> None:
     """Undo `enable()`: the losses run as sentence-transformers wrote them, but in a block of `enabled()`."""
-    _switch.set(always=False)
+    _switch.always(False)
 
 
-@contextmanager
-def enabled() -> Iterator[None]:
+def enabled() -> AbstractContextManager[None]:
     """As `enable()`, inside a block, for all threads. Blocks nest, and may overlap in several threads."""
-    _switch.set(blocks=1)
-    try:
-        yield
-    finally:
-        _switch.set(blocks=-1)
+    return _switch.block()
 
 
 def accelerate(loss: Loss) -> Loss:
@@ -121,38 +116,12 @@ class _Method(NamedTuple):
     either: Callable[..., Tensor]
 
 
-class _Switch:
-    """Puts methods into their classes, and takes them out."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._always, self._blocks, self.on = False, 0, False
-
-    def set(self, *, always: bool | None = None, blocks: int = 0) -> None:
-        with self._lock:
-            wanted = (self._always if always is None else always) or self._blocks + blocks > 0
-            if wanted != self.on:
-                for method in _methods().values():
-                    setattr(method.owner, method.name, method.either if wanted else method.theirs)
-            # last, so that an error above leaves all as it was
-            self._always, self._blocks = self._always if always is None else always, self._blocks + blocks
-            self.on = wanted
-
-
-_switch = _Switch()
+_switch = Switch(lambda: [Replacement(each.owner, each.name, each.theirs, each.either) for each in _methods().values()])
 
 
 def _library() -> tuple[ModuleType, ModuleType]:
     """sentence-transformers' losses and its utilities."""
-    try:
-        import_module("sentence_transformers")
-    except ModuleNotFoundError as error:
-        if error.name != "sentence_transformers":
-            raise
-        raise ImportError(
-            "this integration serves the losses of sentence-transformers, which is not installed: "
-            "pip install sentence-transformers"
-        ) from error
+    library("sentence_transformers", "sentence-transformers")
     utilities = import_module("sentence_transformers.util")
     try:
         return import_module("sentence_transformers.sentence_transformer.losses"), utilities

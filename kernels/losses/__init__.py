@@ -4,12 +4,14 @@ from .alignment_uniformity import AlignmentUniformityLoss
 from .cacr import CACRLoss
 from .clip import ClipLoss
 from .coca import CoCaLoss
+from .colbert import ColbertLoss
 from .cwcl import CWCLLoss
 from .debiased import DebiasedContrastiveLoss
 from .decoupled import DecoupledContrastiveLoss
 from .distill import DistillClipLoss
 from .filip import FilipLoss
 from .hard_negative import HardNegativeLoss
+from .late_distill import LateDistillationLoss
 from .linear_cross_entropy import linear_cross_entropy
 from .matryoshka import MatryoshkaLoss
 from .mod_x import ModXLoss
@@ -30,11 +32,13 @@ __all__ = [
     "CircleLoss",
     "ClipLoss",
     "CoCaLoss",
+    "ColbertLoss",
     "DebiasedContrastiveLoss",
     "DecoupledContrastiveLoss",
     "DistillClipLoss",
     "FilipLoss",
     "HardNegativeLoss",
+    "LateDistillationLoss",
     "MatryoshkaLoss",
     "ModXLoss",
     "MomentumDistillationLoss",

@@ -4,32 +4,62 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..late_interaction import filip_similarity
-from .base import ContrastiveLoss
-from .clip import ClipLoss, checked_weights
-from .over_scores import over_scores
+from ..late_interaction import filip_similarity, maxsim, most_similar_tokens
+from .base import check_scalar
+from .clip import checked_weights
+from .score_terms import Sets, TokenLoss, check_token_pairs, col_terms, counted_pairs, row_terms
 
 
-class FilipLoss(ContrastiveLoss):
+class FilipLoss(TokenLoss):
     """Cross-entropy of token-wise maximum similarities, each direction over its own matrix (FILIP, arXiv:2111.07783).
 
     With s_I(i, j) = mean_{p in image i} max_{r in text j} <p, r> and s_T(i, j) = mean_{r in text j} max_{p in image i} <p, r>,
 
         w_it * -log softmax_j(scale s_I(i, .))[i] + w_ti * -log softmax_j(scale s_T(., i))[i],
 
-    and the loss is the mean over the batch. Neither the tensor of all token products nor its gradient is stored.
+    and the loss is the mean over the batch. Each cross-entropy is computed as in `ClipLoss`, without cancellation. Neither
+    the tensor of all token products nor its gradient is stored; the two [batch, batch] matrices are.
+
+    A pair whose image or text has no token that counts takes no part, neither as a term nor as another's negative: the
+    loss is that of the batch without it, and `dropped_pairs` counts such pairs. If all are dropped the mean is NaN, as
+    `F.cross_entropy`'s is when every target is ignored.
+
+    On several ranks each passes its own pairs, as in `ClipLoss`. Texts' tokens travel, padded to the longest rank's, and one
+    vector for each rank of what its images make of every text; the gradient is exact.
 
     Args:
-        direction_weights: (w_it, w_ti).
-        options: rank, world_size, local_loss, group, strategy, reduction, as in `ClipLoss`.
+        direction_weights: (w_it, w_ti). A direction of weight 0 is not computed.
+        travelling: "text" or "image", the side whose tokens every rank holds; texts have fewer.
+        select_tokens: the share of each set's tokens, above 0 and below 1, that takes part: those with the highest
+            token-wise maximum similarity with the rank's own batch (section 3.1 of the paper has 0.25), chosen without
+            gradient before anything travels. None: all. The choice, and so the loss, depends on how the batch lies over
+            the ranks.
+        options: rank, world_size, local_loss, group, strategy, reduction, as in `ClipLoss`; reduction="none" gives 0 for
+            dropped pairs.
+
+    Raises:
+        ValueError: values out of their range, or options as in `ClipLoss`.
     """
 
-    def __init__(self, *, direction_weights: tuple[float, float] = (0.5, 0.5), **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        direction_weights: tuple[float, float] = (0.5, 0.5),
+        travelling: str = "text",
+        select_tokens: float | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(**options)
         self.direction_weights = checked_weights(direction_weights)
-        self._of_scores = ClipLoss(direction_weights=self.direction_weights, reduction=self.reduction)
+        if travelling not in ("text", "image"):
+            raise ValueError(f'travelling={travelling!r}: expected "text" or "image"')
+        if select_tokens is not None and not 0 < select_tokens < 1:
+            raise ValueError(f"select_tokens={select_tokens!r}: expected a share above 0 and below 1, or None for all")
+        self.travelling = travelling
+        self.select_tokens = select_tokens
 
     def forward(
         self,
@@ -45,13 +75,44 @@ class FilipLoss(ContrastiveLoss):
         Args:
             image_tokens: [batch, Li, D], unit vectors where similarities are to be cosines; any floating dtype.
             text_tokens: [batch, Lt, D].
-            logit_scale: the factor itself, a float or a tensor of shape [] or [1].
+            logit_scale: the factor itself (not its logarithm), a float or a tensor of shape [] or [1].
             image_mask, text_mask: bool [batch, Li] and [batch, Lt], True for tokens that count; None: all.
             output_dict: return {"contrastive_loss": loss}.
 
         Returns:
             A scalar in float32 (float64 for float64 tokens); [batch] for reduction="none".
+
+        Raises:
+            ValueError, TypeError: shapes, dtypes, masks or devices that do not fit.
         """
-        of_images, of_texts = filip_similarity(image_tokens, text_tokens, image_mask, text_mask)
-        loss = over_scores(self._of_scores, of_images, of_texts, logit_scale)
+        images, texts = Sets(image_tokens, image_mask), Sets(text_tokens, text_mask)
+        check_token_pairs(images, texts, ("image_tokens", "text_tokens"))
+        check_scalar("logit_scale", logit_scale)
+        if self.select_tokens is not None:
+            images, texts = _selected(images, texts, self.select_tokens), _selected(texts, images, self.select_tokens)
+        rows, cols, weights = images, texts, self.direction_weights
+        if self.travelling == "image":
+            rows, cols, weights = texts, images, weights[::-1]
+        shards, cols = cols.gathered(self._group())
+        pairs = counted_pairs(rows, cols, shards, shards.start)
+        terms: list[Tensor] = []
+        of_rows, of_cols = _similarities(rows, cols, weights)
+        if of_rows is not None:
+            terms.append(weights[0] * row_terms(pairs.scaled(of_rows, logit_scale), pairs))
+        if of_cols is not None:
+            terms.append(weights[1] * col_terms(pairs.scaled(of_cols, logit_scale), pairs))
+        loss = self._reduced(torch.stack(terms).sum(0), pairs)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _selected(sets: Sets, others: Sets, share: float) -> Sets:
+    return Sets(*most_similar_tokens(sets.tokens, others.tokens, share, sets.mask, others.mask))
+
+
+def _similarities(x: Sets, y: Sets, weights: tuple[float, float]) -> tuple[Tensor | None, Tensor | None]:
+    """FILIP's two matrices [n, N]; None for a direction of weight 0."""
+    if all(weights):
+        return filip_similarity(x.tokens, y.tokens, x.mask, y.mask)
+    if weights[0]:
+        return maxsim(x.tokens, y.tokens, x.mask, y.mask, aggregate="mean"), None
+    return None, maxsim(y.tokens, x.tokens, y.mask, x.mask, aggregate="mean").T

@@ -28,8 +28,8 @@ def over_scores(
 
     Args:
         loss: any of this package that takes two feature matrices aligned by position.
-        of_images: [n, N], scores of this rank's n images with the whole batch's N texts, finite; what images are normalised
-            over. Its dtype is the features' dtype: float32 keeps all digits.
+        of_images: [n, N], scores of this rank's n images with the whole batch's N texts; what images are normalised over.
+            Finite: fill the -inf of empty documents with -1e30, say. Its dtype is the features' dtype: float32 keeps all digits.
         of_texts: [n, N], scores of the same pairs that texts are normalised over, where those are others (FILIP's are);
             None: the same. The loss needs `direction_weights` then.
         logit_scale: factor of the scores.
@@ -38,11 +38,19 @@ def over_scores(
 
     Returns:
         What the loss returns.
+
+    Raises:
+        ValueError: two matrices for a loss that has no `direction_weights`, and what the loss raises.
+
+    Example:
+        loss = over_scores(SigLipLoss(), maxsim(q, d, q_mask, d_mask), None, scale, logit_bias=bias)
     """
     partners = torch.zeros_like(of_images)
     partners[:, start : start + len(partners)].fill_diagonal_(1)
     if of_texts is None:
         return loss(of_images, partners, logit_scale, **given)  # type: ignore[no-any-return]
+    if not hasattr(loss, "direction_weights"):
+        raise ValueError(f"{type(loss).__name__} has no direction_weights: it takes one matrix, of_texts=None")
     image_to_text, text_to_image = checked_weights(loss.direction_weights)  # type: ignore[arg-type]
     parts: list[Tensor] = []
     for scores, weights in ((of_images, (image_to_text, 0.0)), (of_texts, (0.0, text_to_image))):

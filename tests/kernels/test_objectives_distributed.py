@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from objectives import OBJECTIVES
+from two_ranks import on_two_ranks
 
-WORKER, TESTS = Path(__file__).with_name("objectives_worker.py"), Path(__file__).parents[1]
-
-
-def on_two_ranks(cases: list[tuple], folder: Path) -> list[list[dict]]:
-    """Results of each rank for each case; all cases share one start of the processes."""
-    torch.save(cases, folder / "cases.pt")
-    paths = [str(TESTS / name) for name in ("support", "reference")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    # Errors go to a file: a full pipe would stop the worker.
-    with open(folder / "stderr", "w+") as stderr:
-        workers = [
-            subprocess.Popen([sys.executable, WORKER, str(rank), "2", folder], env=environment, stderr=stderr)
-            for rank in range(2)
-        ]
-        try:
-            codes = [worker.wait(timeout=60) for worker in workers]
-        finally:
-            for worker in workers:
-                worker.kill()
-        stderr.seek(0)
-        assert codes == [0, 0], stderr.read()
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+WORKER = Path(__file__).with_name("objectives_worker.py")
 
 
 def on_one_process(name: str, sizes: list[int], options: dict) -> dict:
@@ -50,7 +27,7 @@ def test_two_ranks_equal_one_process(tmp_path):
     # One of each way in which terms are put together.
     several = ("distill", "momentum", "sdm_by_id", "matryoshka")
     cases += [(name, [3, 4], {"reduction": reduction}) for name in several for reduction in ("sum", "none")]
-    ranks = on_two_ranks(cases, tmp_path)
+    ranks = on_two_ranks(WORKER, cases, tmp_path)
     for k, (name, sizes, options) in enumerate(cases):
         truth, given = on_one_process(name, sizes, options), [rank[k] for rank in ranks]
         values = [each["value"] for each in given]

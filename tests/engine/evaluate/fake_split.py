@@ -28,6 +28,8 @@ class FakeModel(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.image_weight = nn.Parameter(torch.randn(48, 16, generator=generator))
         self.text_weight = nn.Parameter(torch.randn(64, 16, generator=generator))
+        self.patch_weight = nn.Parameter(torch.randn(12, 8, generator=generator))
+        self.word_weight = nn.Parameter(torch.randn(64, 8, generator=generator))
         self.dropout = nn.Dropout(0.5)
         self.image_forwards = self.text_forwards = 0
 
@@ -41,6 +43,18 @@ class FakeModel(nn.Module):
         counts = torch.zeros(len(input_ids), 64).scatter_add_(1, input_ids, attention_mask.float())
         features = self.dropout(counts) @ self.text_weight
         return nn.functional.normalize(features, dim=1) if normalize else features
+
+    def embed_image(self, images: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Four patches an image: its rows of pixels."""
+        patches = (images.transpose(1, 2).flatten(2).float() / 255 - 0.5) @ self.patch_weight
+        mask = torch.ones(patches.shape[:2], dtype=torch.bool)
+        return self.encode_image(images), (nn.functional.normalize(patches, dim=2), mask)
+
+    def embed_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """A word a character. NaN where there is none: whatever is there must have no effect."""
+        words = nn.functional.normalize(self.word_weight[input_ids], dim=2)
+        words = words.masked_fill(~attention_mask.unsqueeze(2), torch.nan)
+        return self.encode_text(input_ids, attention_mask), (words, attention_mask)
 
 
 class FakeTokenizer:
@@ -117,6 +131,8 @@ def main(rank: int, world_size: int, folder: Path, counts: list[int]) -> None:
         result = evaluate_fake(model, count, rank=rank, world_size=world_size, contact_sheet=folder / f"{count}.png")
         (folder / f"{count}-result{rank}.json").write_text(result.model_dump_json())
         (folder / f"{count}-forwards{rank}").write_text(f"{model.image_forwards} {model.text_forwards}")
+        late = evaluate_fake(model, count, rank=rank, world_size=world_size, scores="rerank", rerank_top=9)
+        (folder / f"{count}-late{rank}.json").write_text(late.model_dump_json())
     dist.barrier()
     # gloo's threads can abort an orderly interpreter exit.
     os._exit(0)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from pairtile.engine.errors import PairtileError
-from pairtile.engine.evaluate import ClassificationConfig, classify, zero_shot_weights
-from pairtile.engine.evaluate.classification import class_words
+from pairtile.engine.evaluate import ClassificationConfig, PooledScorer, classify, zero_shot_weights
+from pairtile.engine.evaluate.classification import class_prompts, class_words
 
 
 def embed(texts: list[str]) -> torch.Tensor:
@@ -21,8 +21,10 @@ def embed(texts: list[str]) -> torch.Tensor:
 def test_weights_are_the_mean_of_unit_vectors() -> None:
     classes = {"greek": ["Greek", "Hellenic"], "latin": ["Latin"]}
     templates = ["a {} letter", "{} (script)", "the {} glyph"]
-    weights = zero_shot_weights(embed, classes, templates)
+    greek, latin = class_prompts(classes, templates)
+    weights = zero_shot_weights(embed([*greek, *latin]), [len(greek), len(latin)])
     prompts = [t.replace("{}", word) for word in classes["greek"] for t in templates]
+    assert greek == prompts
     expected = F.normalize(F.normalize(embed(prompts), dim=1).mean(dim=0), dim=0)
     torch.testing.assert_close(weights[0], expected)
     assert weights.shape == (2, 8)
@@ -37,7 +39,7 @@ def test_accuracies_equal_the_dense_ones() -> None:
     labels: list[str | None] = [names[target] for target in targets]
     labels[3], labels[50] = None, "unheard of"
     kept = [row for row in range(101) if row not in (3, 50)]
-    result = classify(images, labels, names, weights, label="kind", chunk=40)
+    result = classify(PooledScorer(images, weights), labels, names, label="kind", chunk=40)
 
     scores, targets = (images @ weights.T)[kept], targets[kept]
     top5 = scores.topk(5, dim=1).indices
@@ -54,7 +56,8 @@ def test_accuracies_equal_the_dense_ones() -> None:
 @pytest.mark.parametrize("value", [1.0, math.nan])
 def test_a_collapsed_model_guesses_nothing(value: float) -> None:
     labels = ["a", "b", "c"] * 4
-    result = classify(torch.full((12, 4), value), labels, ["a", "b", "c"], torch.ones(3, 4), label="kind")
+    scorer = PooledScorer(torch.full((12, 4), value), torch.ones(3, 4))
+    result = classify(scorer, labels, ["a", "b", "c"], label="kind")
     assert result.top1 == 0
 
 

@@ -5,7 +5,23 @@ import math
 import pytest
 import torch
 
-from pairtile.engine.evaluate import rank_metrics, retrieval_metrics, retrieval_ranks
+from pairtile.engine.evaluate import (
+    Keys,
+    RetrievalResult,
+    Scoring,
+    Side,
+    rank_metrics,
+    retrieval_metrics,
+    retrieval_ranks,
+)
+
+
+def pooled_metrics(
+    images: torch.Tensor, texts: torch.Tensor, image_keys: torch.Tensor, text_keys: torch.Tensor, chunk: int = 2**23
+) -> RetrievalResult:
+    """Of dot products, with one idea of what is correct."""
+    (result,) = retrieval_metrics(Side(images), Side(texts), [Keys(image_keys, text_keys)], Scoring(chunk=chunk))
+    return result
 
 
 def dense_ranks(scores: list[list[float]], query_keys: list[list[int]], candidate_keys: list[list[int]]) -> list[int]:
@@ -60,7 +76,7 @@ def test_nan_and_infinite_scores_never_help() -> None:
 def test_a_model_of_nan_scores_zero_even_among_few_candidates() -> None:
     keys = torch.arange(3).unsqueeze(1)
     broken = torch.full((3, 4), math.nan)
-    result = retrieval_metrics(broken, broken, keys, keys)
+    result = pooled_metrics(broken, broken, keys, keys)
     for metrics in (result.image_to_text, result.text_to_image):
         assert (metrics.recall_at_1, metrics.recall_at_5, metrics.recall_at_10) == (0, 0, 0)
         assert metrics.queries == 3
@@ -72,7 +88,7 @@ def test_a_collapsed_model_scores_zero(width: int, count: int) -> None:
     """Every embedding is equal: no rounding of the product may let one candidate win."""
     vector = torch.nn.functional.normalize(torch.randn(width, generator=torch.Generator().manual_seed(1)), dim=0)
     features, keys = vector.expand(count, width).contiguous(), torch.arange(count).unsqueeze(1)
-    metrics = retrieval_metrics(features, features, keys, keys, chunk=5000).text_to_image
+    metrics = pooled_metrics(features, features, keys, keys, chunk=5000).text_to_image
     assert metrics.recall_at_10 == 0
     assert metrics.median_rank == count
 
@@ -89,9 +105,9 @@ def test_a_perfect_model_and_an_equivalence() -> None:
     ids = torch.arange(6)
     swapped = features[[1, 0, 2, 3, 4, 5]]
     drawing = torch.tensor([7, 7, -1, -1, -1, -1])
-    by_id = retrieval_metrics(features, swapped, ids.unsqueeze(1), ids.unsqueeze(1))
+    by_id = pooled_metrics(features, swapped, ids.unsqueeze(1), ids.unsqueeze(1))
     keys = torch.stack([ids, drawing], dim=1)
-    by_drawing = retrieval_metrics(features, swapped, keys, keys)
+    by_drawing = pooled_metrics(features, swapped, keys, keys)
     assert by_id.image_to_text.recall_at_1 == pytest.approx(4 / 6)
     assert by_drawing.image_to_text.recall_at_1 == 1
     assert by_drawing.text_to_image.median_rank == 1
@@ -119,7 +135,7 @@ def test_empty_sides() -> None:
     no_keys, keys = torch.zeros(0, 1, dtype=torch.int64), torch.arange(4).unsqueeze(1)
     assert retrieval_ranks(none, some, no_keys, keys).tolist() == []
     assert retrieval_ranks(some, none, keys, no_keys).tolist() == [0, 0, 0, 0]
-    metrics = retrieval_metrics(some, none, keys, no_keys).image_to_text
+    metrics = pooled_metrics(some, none, keys, no_keys).image_to_text
     assert metrics.excluded == 4
     assert math.isnan(metrics.recall_at_1)
 

@@ -124,10 +124,11 @@ def test_two_ranks_give_the_result_of_one(fake: ModuleType, tmp_path: Path) -> N
         for worker in workers:
             worker.kill()
     for count in (43, 1):
-        files = [tmp_path / f"{count}-result{rank}.json" for rank in range(2)]
-        first, second = (SplitResult.model_validate_json(file.read_text()) for file in files)
-        same(first.model_dump(), fake.evaluate_fake(fake.FakeModel(), count).model_dump())
-        same(second.model_dump(), first.model_dump())
+        for name, scoring in (("result", {}), ("late", {"scores": "rerank", "rerank_top": 9})):
+            files = [tmp_path / f"{count}-{name}{rank}.json" for rank in range(2)]
+            first, second = (SplitResult.model_validate_json(file.read_text()) for file in files)
+            same(first.model_dump(), fake.evaluate_fake(fake.FakeModel(), count, **scoring).model_dump())
+            same(second.model_dump(), first.model_dump())
         assert (tmp_path / f"{count}-forwards0").read_text() == (tmp_path / f"{count}-forwards1").read_text()
         assert Image.open(tmp_path / f"{count}.png").width > 400
 

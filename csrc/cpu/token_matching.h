@@ -1,6 +1,8 @@
 // Matchings of token merging: kernels/token_merging/similarity.py documents what they compute.
 #pragma once
 
+#include <algorithm>
+
 #include "token_batch.h"
 
 namespace pairtile {

@@ -4,6 +4,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <cstring>
 #include <vector>
 
 #include "operands.h"

@@ -16,7 +16,11 @@ TokenBatch make_token_batch(const at::Tensor& tokens, const char* name) {
   const int64_t width = tokens.size(2);
   const bool in_rows =
       (width <= 1 || tokens.stride(2) == 1) && (tokens.size(1) <= 1 || tokens.stride(1) >= width);
-  TokenBatch batch{in_rows ? tokens : tokens.clone(at::MemoryFormat::Contiguous), tokens.size(0), tokens.size(1), width};
+  TokenBatch batch;
+  batch.tokens = in_rows ? tokens : tokens.clone(at::MemoryFormat::Contiguous);
+  batch.batch = tokens.size(0);
+  batch.count = tokens.size(1);
+  batch.width = width;
   batch.sample_stride = batch.tokens.stride(0);
   batch.stride = batch.count > 1 ? batch.tokens.stride(1) : width;
   return batch;

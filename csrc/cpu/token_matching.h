@@ -18,9 +18,10 @@ struct Keep {
   const bool* sample(int64_t b) const { return data == nullptr ? nullptr : data + b * sample_stride; }
 };
 
-// The largest product of each row of x and the first row of y that has it, [B, Na] each; -inf and 0 where there is none.
-void find_partners(const TokenBatch& x, const TokenBatch& y, bool normalize, Keep x_keep, Keep y_keep, Partners partners,
-                   float* best, int64_t* index);
+// The largest product of each row of x and the first row of y that has it, [B, Na] each; -inf and 0 where there is
+// none.
+void find_partners(const TokenBatch& x, const TokenBatch& y, bool normalize, Keep x_keep, Keep y_keep,
+                   Partners partners, float* best, int64_t* index);
 
 // The mean of f(<x_i, x_j>) over j, [B, N]; f(s) = s - margin where that is not negative, else alpha expm1(s - margin).
 void find_energies(const TokenBatch& x, float margin, float alpha, float* energies);

@@ -82,8 +82,8 @@ void find(const TokenBatch& x, const TokenBatch& y, bool normalize, Keep x_keep,
 
 }  // namespace
 
-void find_partners(const TokenBatch& x, const TokenBatch& y, bool normalize, Keep x_keep, Keep y_keep, Partners partners,
-                   float* best, int64_t* index) {
+void find_partners(const TokenBatch& x, const TokenBatch& y, bool normalize, Keep x_keep, Keep y_keep,
+                   Partners partners, float* best, int64_t* index) {
   with_token_type(x.type(), [&](auto from) {
     find<decltype(from)>(x, y, normalize, x_keep, y_keep, partners, best, index);
   });

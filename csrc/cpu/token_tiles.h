@@ -1,4 +1,4 @@
-// Similarities of one sample's tokens, tile by tile: rows of x are the columns of a strip, and all rows of y stream past it.
+// Similarities of one sample's tokens, tile by tile: rows of x are the columns of a strip; all rows of y stream past.
 #pragma once
 
 #include <cmath>
@@ -77,8 +77,8 @@ class TokenTiles {
   // whichever of them is the row.
   float* multiply(int64_t row, int64_t rows) {
     for (int64_t k = 0; k < std::max<int64_t>(depth_, 1); k += kDepth) {
-      product(rows, width_, std::min(kDepth, depth_ - k), rows_ + row * ld_ + k, ld_, strip_.data() + k * width_, width_,
-              tile_, width_, k > 0);
+      product(rows, width_, std::min(kDepth, depth_ - k), rows_ + row * ld_ + k, ld_, strip_.data() + k * width_,
+              width_, tile_, width_, k > 0);
     }
     return tile_;
   }

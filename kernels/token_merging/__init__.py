@@ -1,6 +1,6 @@
 """Token merging: fewer tokens, nearly the same answer."""
 
-from . import cpp_backend as _cpp_backend  # registers itself
+from . import cpp_backend as cpp_backend  # registers its kernels
 from .crossget import complete_graph_matching, complete_graph_soft_matching
 from .matching import Matching
 from .merging import Merge, Unmerge, merge_source, merge_tokens, merge_wavg

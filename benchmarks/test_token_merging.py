@@ -22,6 +22,9 @@ from .work import Work
 
 BATCH = _size("TOKEN_BATCH", 32)
 WIDTH, METRIC_WIDTH = 768, 64
+#: Of 18,000 energies some are equal but for float32's rounding, and are ranked either way: single tokens then change
+#: places. Another matching would differ by 1.
+RANKED_AGREEMENT = 0.1
 STEPS = {"forward": make.forward, "forward + backward": make.forward_and_backward}
 
 
@@ -60,7 +63,7 @@ def case_of(name: str, step: str, tokens: int, r: int, times: float, batch: int 
         "results": ("merged", "sizes", "dx")[: 3 if both else 2],
         "matrix_gradients": ("dx",) if both else (),
         "exact": partial(STEPS[step], partial(eager, plain)),
-        "agreement": FLOAT32_AGREEMENT,
+        "agreement": FLOAT32_AGREEMENT if name == "tome" else RANKED_AGREEMENT,
         "rounds": ROUNDS,
         "bars": (faster_than("eager", times), leaner_beyond_results("eager", 1 / 4, result_bytes)),
     }

@@ -70,7 +70,7 @@ inline void stream_block(const T* a, int64_t lda, int64_t depth, const T* b, int
       __builtin_prefetch(ahead + r * lda + line);
     }
     const int64_t end = std::min(line + kLine, depth);
-#pragma GCC unroll 1
+#pragma GCC unroll 4
     for (int64_t k = line; k < end; k += S::kDepth) {
       typename S::Operand column[vectors];
 #pragma GCC unroll 2

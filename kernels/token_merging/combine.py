@@ -60,26 +60,28 @@ def _serving(backend: str, x: Tensor) -> Combination:
 
 def combine(x: Tensor, matching: Matching, factors: Tensor | None, divisors: Tensor | None) -> Tensor:
     """[B, N, C] -> [B, S, C], differentiable in x; factors and divisors take no gradient."""
-    given = matching.kept, matching.sources, matching.places, matching.place_of(), factors, divisors
     backend, _ = select_backend(x.device)
     if backend == "reference":
-        return _combine(x, *given[:3], factors, divisors)
+        return _combine(x, matching.kept, matching.sources, matching.places, factors, divisors)
     if torch.compiler.is_compiling():
-        return _combine_op(x, *given, backend)  # type: ignore[no-any-return]
-    found: Tensor = _Combine.apply(x, *given, backend)
+        return _combine_op(x, *_tensors(matching), factors, divisors, backend)  # type: ignore[no-any-return]
+    found: Tensor = _Combine.apply(x, matching, factors, divisors, backend)
     return found
 
 
 def spread(x: Tensor, matching: Matching) -> Tensor:
     """[B, S, C] -> [B, N, C]: every token gets what its place holds; differentiable in x."""
-    given = matching.kept, matching.sources, matching.places, matching.place_of(), None, None
     backend, _ = select_backend(x.device)
     if backend == "reference":
         return _spread(x, matching.place_of(), None, None)
     if torch.compiler.is_compiling():
-        return _spread_op(x, *given, backend)  # type: ignore[no-any-return]
-    found: Tensor = _Spread.apply(x, *given, backend)
+        return _spread_op(x, *_tensors(matching), None, None, backend)  # type: ignore[no-any-return]
+    found: Tensor = _Spread.apply(x, matching, None, None, backend)
     return found
+
+
+def _tensors(matching: Matching) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return matching.kept, matching.sources, matching.places, matching.place_of()
 
 
 class _Combine(torch.autograd.Function):
@@ -87,25 +89,26 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
-        *ctx.given, ctx.backend = given
-        kept, sources, places, _, factors, divisors = ctx.given
-        return _serving(ctx.backend, x).combine(x, kept, sources, places, factors, divisors)
+        ctx.given = given
+        matching, factors, divisors, backend = given
+        tensors = matching.kept, matching.sources, matching.places
+        return _serving(backend, x).combine(x, *tensors, factors, divisors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Spread.apply(grad, *ctx.given, ctx.backend), *[None] * 7
+        return _Spread.apply(grad, *ctx.given), None, None, None, None
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
-        *ctx.given, ctx.backend = given
-        _, _, _, place_of, factors, divisors = ctx.given
-        return _serving(ctx.backend, x).spread(x, place_of, factors, divisors)
+        ctx.given = given
+        matching, factors, divisors, backend = given
+        return _serving(backend, x).spread(x, matching.place_of(), factors, divisors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Combine.apply(grad, *ctx.given, ctx.backend), *[None] * 7
+        return _Combine.apply(grad, *ctx.given), None, None, None, None
 
 
 _GIVEN = "Tensor x, Tensor kept, Tensor sources, Tensor places, Tensor place_of, Tensor? factors, Tensor? divisors, str backend"

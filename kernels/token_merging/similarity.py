@@ -33,10 +33,13 @@ class Similarities(NamedTuple):
             there is none).
         energies: (x [B, N, C], margin, alpha, budget) -> float32 [B, N], the mean over j of f(<x_i, x_j>) with f(s) = s -
             margin where that is not negative, else alpha (exp(s - margin) - 1).
+        bipartite: (metric [B, N, C], r, protected, class_token, distill_token) -> int64 (kept [B, N - r], sources [B, r],
+            places [B, r]), what `tome.bipartite_matching` makes of `best_partners`, at once; None: it is made of that.
     """
 
     best_partners: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, int, int], tuple[Tensor, Tensor]]
     energies: Callable[[Tensor, float, float, int], Tensor]
+    bipartite: Callable[[Tensor, int, int, bool, bool], tuple[Tensor, Tensor, Tensor]] | None = None
 
 
 def _samples(batch: int, similarities: int, itemsize: int, budget: int) -> int:
@@ -129,6 +132,21 @@ def energies(x: Tensor, margin: float, alpha: float) -> Tensor:
         return _serving(backend, x).energies(x, margin, alpha, budget)
 
 
+@torch.no_grad()
+def bipartite(
+    metric: Tensor, r: int, protected: int, class_token: bool, distill_token: bool
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As `Similarities.bipartite`, if the backend that serves this metric has it."""
+    backend, _ = select_backend(metric.device)
+    found = _serving(backend, metric).bipartite
+    if found is None:
+        return None
+    if torch.compiler.is_compiling():
+        kept, sources, places = _bipartite_op(metric, r, protected, class_token, distill_token, backend)
+        return kept, sources, places
+    return found(metric, r, protected, class_token, distill_token)
+
+
 def _best_operator(
     x: Tensor,
     y: Tensor,
@@ -146,6 +164,19 @@ def _fake_best(x: Tensor, *_: object) -> list[Tensor]:
     return [x.new_empty(x.shape[:2], dtype=dtype), x.new_empty(x.shape[:2], dtype=torch.int64)]
 
 
+def _bipartite_operator(
+    metric: Tensor, r: int, protected: int, class_token: bool, distill_token: bool, backend: str
+) -> list[Tensor]:
+    found = _serving(backend, metric).bipartite
+    assert found is not None
+    return list(found(metric, r, protected, class_token, distill_token))
+
+
+def _fake_bipartite(metric: Tensor, r: int, *_: object) -> list[Tensor]:
+    batch, tokens, _width = metric.shape
+    return [metric.new_empty(batch, count, dtype=torch.int64) for count in (tokens - r, r, r)]
+
+
 _best_partners_op = define(
     "best_partners",
     _best_operator,
@@ -157,4 +188,10 @@ _energies_op = define(
     lambda x, margin, alpha, budget, backend: _serving(backend, x).energies(x, margin, alpha, budget),
     lambda x, *_: x.new_empty(x.shape[:2], dtype=torch.promote_types(x.dtype, torch.float32)),
     "(Tensor x, float margin, float alpha, int budget, str backend) -> Tensor",
+)
+_bipartite_op = define(
+    "bipartite_matching",
+    _bipartite_operator,
+    _fake_bipartite,
+    "(Tensor metric, int r, int protected, bool class_token, bool distill_token, str backend) -> Tensor[]",
 )

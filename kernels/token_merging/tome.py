@@ -8,7 +8,7 @@ from torch import Tensor
 from .checks import check_metric, check_number, normalized
 from .matching import Matching, unchanged
 from .merging import Merge, Unmerge
-from .similarity import best_partners
+from .similarity import best_partners, bipartite
 
 
 def bipartite_soft_matching(
@@ -56,6 +56,8 @@ def bipartite_matching(
     r = min(r, (tokens - special) // 2)
     if r <= 0:
         return unchanged(batch, tokens, metric.device)
+    if (found := bipartite(metric, r, protected, class_token, distill_token)) is not None:
+        return Matching(*found)
     metric = normalized(metric)
     at = torch.arange(tokens, device=metric.device)
     free = at >= protected
@@ -74,12 +76,13 @@ def bipartite_matching(
 
 
 def _ordered(sources: Tensor, unmerged: Tensor, destinations: Tensor, tokens: int, first: int) -> Matching:
-    """The unmerged tokens of a and then all of b, but for the `first` tokens, which stay in front."""
+    """The unmerged tokens of a and then all of b; `first` tokens in front are taken from them in turns."""
     batch, device = sources.shape[0], sources.device
     odd = torch.arange(1, tokens, 2, device=device).expand(batch, -1)
-    # Of the first tokens `of_a` are even ones: they are a's unmerged tokens of the lowest positions.
     of_a, of_b = (first + 1) // 2, first // 2
-    front = torch.arange(first, device=device).expand(batch, -1)
+    # Where a's unmerged tokens keep their order, these are the first tokens themselves.
+    front = torch.empty(batch, first, dtype=torch.int64, device=device)
+    front[:, ::2], front[:, 1::2] = unmerged[:, :of_a], odd[:, :of_b]
     kept = torch.cat([front, unmerged[:, of_a:], odd[:, of_b:]], 1)
     place_of_b = torch.arange(tokens // 2, device=device) + unmerged.shape[1]
     if of_b:

@@ -1,0 +1,165 @@
+// Both maps read every token once and write every token once; most of them are copied as they are.
+
+#include "token_merging.h"
+
+#include <c10/util/Exception.h>
+
+#include <cstring>
+#include <vector>
+
+#include "operands.h"
+#include "parallel.h"
+#include "token_vec.h"
+
+namespace pairtile {
+namespace {
+
+constexpr int64_t kTaskBytes = int64_t{256} << 10;
+
+template <typename T>
+Vec load_some(const T* from, int64_t count) {
+  if (count == kLanes) {
+    return load_floats(from);
+  }
+  alignas(64) float lanes[kLanes] = {};
+  convert_row(from, lanes, count);
+  return Vec::loadu(lanes);
+}
+
+template <typename T>
+void store_some(Vec v, T* to, int64_t count) {
+  alignas(64) float lanes[kLanes];
+  v.store(lanes);
+  convert_row(lanes, to, count);
+}
+inline void store_some(Vec v, float* to, int64_t count) { v.store(to, count); }
+
+// A token as it is where its share is all of it, so that what is not merged keeps its bits.
+template <typename T>
+void scale_token(const T* from, float factor, float divisor, int64_t width, T* to) {
+  if (factor == divisor) {
+    std::memcpy(to, from, width * sizeof(T));
+    return;
+  }
+  for (int64_t c = 0; c < width; c += kLanes) {
+    const int64_t count = std::min(kLanes, width - c);
+    store_some(load_some(from + c, count) * Vec(factor) / Vec(divisor), to + c, count);
+  }
+}
+
+void check_index(int64_t index, int64_t size, const char* name) {
+  TORCH_CHECK_INDEX(index >= 0 && index < size, name, ": ", index, " is not one of ", size);
+}
+
+// Which tokens are merged into each of some successive places, in the order in which they are given.
+class Arrivals {
+ public:
+  void find(const int64_t* places, int64_t merged, int64_t begin, int64_t end) {
+    begin_ = begin;
+    first_.assign(end - begin, -1);
+    next_.resize(merged);
+    for (int64_t r = merged - 1; r >= 0; --r) {
+      if (places[r] >= begin && places[r] < end) {
+        int64_t& first = first_[places[r] - begin];
+        next_[r] = first;
+        first = r;
+      }
+    }
+  }
+  int64_t first(int64_t place) const { return first_[place - begin_]; }  // -1: none
+  int64_t next(int64_t r) const { return next_[r]; }
+
+ private:
+  int64_t begin_ = 0;
+  std::vector<int64_t> first_, next_;
+};
+
+template <typename T>
+class Combine {
+ public:
+  Combine(const TokenBatch& x, const Moves& moves, Shares shares, T* out)
+      : x_(x), moves_(moves), shares_(shares), out_(out) {}
+
+  void run() const {
+    const int64_t step = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, x_.width * sizeof(T)));
+    const int64_t parts = ceil_div(moves_.count, step);
+    std::vector<Arrivals> arrivals(at::get_num_threads());
+    for_each_task(x_.batch * parts, [&](int64_t task, int64_t worker) {
+      const int64_t begin = task % parts * step, end = std::min(begin + step, moves_.count);
+      fill(task / parts, begin, end, arrivals[worker]);
+    });
+  }
+
+ private:
+  void fill(int64_t b, int64_t begin, int64_t end, Arrivals& arrivals) const {
+    arrivals.find(moves_.places + b * moves_.merged, moves_.merged, begin, end);
+    const T* x = x_.sample<T>(b);
+    const int64_t *kept = moves_.kept + b * moves_.count, *sources = moves_.sources + b * moves_.merged;
+    const float* factors = shares_.factors == nullptr ? nullptr : shares_.factors + b * x_.count;
+    for (int64_t place = begin; place < end; ++place) {
+      const float divisor = shares_.divisors == nullptr ? 1.0f : shares_.divisors[b * moves_.count + place];
+      auto factor = [&](int64_t token) { return factors == nullptr ? 1.0f : factors[token]; };
+      T* out = out_ + (b * moves_.count + place) * x_.width;
+      if (arrivals.first(place) < 0) {
+        scale_token(x + kept[place] * x_.stride, factor(kept[place]), divisor, x_.width, out);
+        continue;
+      }
+      for (int64_t c = 0; c < x_.width; c += kLanes) {
+        const int64_t count = std::min(kLanes, x_.width - c);
+        Vec sum = load_some(x + kept[place] * x_.stride + c, count) * Vec(factor(kept[place]));
+        for (int64_t r = arrivals.first(place); r >= 0; r = arrivals.next(r)) {
+          sum = at::vec::fmadd(load_some(x + sources[r] * x_.stride + c, count), Vec(factor(sources[r])), sum);
+        }
+        store_some(sum / Vec(divisor), out + c, count);
+      }
+    }
+  }
+
+  const TokenBatch& x_;
+  const Moves moves_;
+  const Shares shares_;
+  T* const out_;
+};
+
+template <typename T>
+void spread(const TokenBatch& x, const int64_t* place_of, int64_t tokens, Shares shares, T* out) {
+  const int64_t step = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, x.width * sizeof(T)));
+  const int64_t parts = ceil_div(tokens, step);
+  for_each_task(x.batch * parts, [&](int64_t task, int64_t) {
+    const int64_t b = task / parts, begin = task % parts * step, end = std::min(begin + step, tokens);
+    for (int64_t token = b * tokens + begin; token < b * tokens + end; ++token) {
+      const int64_t place = place_of[token];
+      const float factor = shares.factors == nullptr ? 1.0f : shares.factors[token];
+      const float divisor = shares.divisors == nullptr ? 1.0f : shares.divisors[b * x.count + place];
+      scale_token(x.sample<T>(b) + place * x.stride, factor, divisor, x.width, out + token * x.width);
+    }
+  });
+}
+
+}  // namespace
+
+void combine_tokens(const TokenBatch& x, const Moves& moves, Shares shares, void* out) {
+  for (int64_t k = 0; k < x.batch * moves.count; ++k) {
+    check_index(moves.kept[k], x.count, "kept");
+  }
+  for (int64_t k = 0; k < x.batch * moves.merged; ++k) {
+    check_index(moves.sources[k], x.count, "sources");
+    check_index(moves.places[k], moves.count, "places");
+  }
+  with_token_type(x.type(), [&](auto number) {
+    using T = decltype(number);
+    Combine<T>(x, moves, shares, static_cast<T*>(out)).run();
+  });
+}
+
+void spread_tokens(const TokenBatch& x, const int64_t* place_of, int64_t tokens, Shares shares, void* out) {
+  for (int64_t k = 0; k < x.batch * tokens; ++k) {
+    check_index(place_of[k], x.count, "place_of");
+  }
+  with_token_type(x.type(), [&](auto number) {
+    using T = decltype(number);
+    spread(x, place_of, tokens, shares, static_cast<T*>(out));
+  });
+}
+
+}  // namespace pairtile

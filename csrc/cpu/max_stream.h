@@ -54,7 +54,7 @@ inline void stream_block(const T* a, int64_t lda, int64_t depth, const T* b, int
                          float* values) {
   using S = Step<T>;
   // Far enough ahead to arrive in time, and near enough to stay in the first-level cache.
-  const T* ahead = a + 2 * kStreamRows * lda;
+  const T* ahead = a + 8 * kStreamRows * lda;
   constexpr int64_t kLine = 64 / sizeof(T);
   Vec sum[rows][vectors];
 #pragma GCC unroll 12
@@ -67,10 +67,10 @@ inline void stream_block(const T* a, int64_t lda, int64_t depth, const T* b, int
   for (int64_t line = 0; line < depth; line += kLine) {
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
-      __builtin_prefetch(ahead + r * lda + line);
+      __builtin_prefetch(ahead + r * lda + line, 0, 2);
     }
     const int64_t end = std::min(line + kLine, depth);
-#pragma GCC unroll 4
+#pragma GCC unroll 1
     for (int64_t k = line; k < end; k += S::kDepth) {
       typename S::Operand column[vectors];
 #pragma GCC unroll 2

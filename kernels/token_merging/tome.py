@@ -52,7 +52,7 @@ def bipartite_matching(
     check_number("r", r)
     check_number("protected", protected)
     batch, tokens, _ = metric.shape
-    special = protected or int(class_token) + int(distill_token)
+    special = len({*range(protected), *([0] if class_token else []), *([1] if distill_token else [])})
     r = min(r, (tokens - special) // 2)
     if r <= 0:
         return unchanged(batch, tokens, metric.device)

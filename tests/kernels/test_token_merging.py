@@ -99,6 +99,13 @@ def test_crossget_chooses_as_the_paper_says(backend, case):
     )
 
 
+def test_a_protected_token_is_no_destination(backend):
+    for tokens in (3, 4, 5):
+        matching = bipartite_matching(torch.randn(2, tokens, 8), 5, distill_token=True, protected=1)
+        assert matching.sources.shape[1] == (tokens - 2) // 2
+        assert (matching.places >= 2).all()
+
+
 def test_registers_stay_in_front_unmerged(backend):
     metric = exact_metric(random.Random(0), 2, 14)
     for protected in (1, 2, 3, 5):

@@ -161,7 +161,7 @@ class GatherGradient {
         if (own != 0) {
           const int32_t* chosen = own_choices_ + side_.own_block(set, other) * owner_.rows() + owner_.start(set);
           for (int64_t k = 0; k < owner_.length(set); ++k) {
-            if (chosen[k] >= 0) {
+            if (chosen[k] >= 0 && chosen[k] < giver_.length(other)) {
               body(token + k, first + chosen[k] - base, own);
             }
           }
@@ -169,7 +169,7 @@ class GatherGradient {
         if (others != 0) {
           const int32_t* chosen = other_choices_ + side_.other_block(set, other) * giver_.rows() + first;
           for (int64_t k = 0; k < giver_.length(other); ++k) {
-            if (chosen[k] >= 0) {
+            if (chosen[k] >= 0 && chosen[k] < owner_.length(set)) {
               body(token + chosen[k], first + k - base, others);
             }
           }

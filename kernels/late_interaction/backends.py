@@ -104,6 +104,8 @@ def kept_bytes(x: TokenSets, y: TokenSets, request: Request) -> int:
 
 def differentiable(kernels: Kernels, x: TokenSets, y: TokenSets, request: Request) -> tuple[Tensor, ...]:
     """The scores by a backend's kernels."""
+    if not torch.is_grad_enabled():
+        return tuple(kernels.forward(x, y, request, False)[0])
     found: tuple[Tensor, ...] = _Scores.apply(x.tokens, y.tokens, x, y, kernels, request)
     return found
 
@@ -118,13 +120,13 @@ class _Scores(torch.autograd.Function):
         scores, kept = kernels.forward(x, y, request, keep)
         ctx.sets = x.with_tokens(tokens_x[:0]), y.with_tokens(tokens_y[:0])
         ctx.kernels, ctx.request = kernels, request
-        ctx.save_for_backward(tokens_x, tokens_y, *kept)
+        ctx.save_for_backward(tokens_x, tokens_y, *x.places, *y.places, *kept)
         return tuple(scores)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tokens_x, tokens_y, *kept = ctx.saved_tensors
-        x, y = (sets.with_tokens(each) for sets, each in zip(ctx.sets, (tokens_x, tokens_y), strict=True))
+        tokens_x, tokens_y, *saved = ctx.saved_tensors
+        x, y, kept = ctx.sets[0].at(tokens_x, saved[:3]), ctx.sets[1].at(tokens_y, saved[3:6]), saved[6:]
         with torch.autocast(tokens_x.device.type, enabled=False), torch.no_grad():
             found = ctx.kernels.backward(x, y, ctx.request, kept, list(grads), ctx.needs_input_grad[:2])
         dx, dy = differentiated_once(ctx.kernels.name, found, [tokens_x, tokens_y, *grads])

@@ -187,13 +187,13 @@ class _OverPairs(torch.autograd.Function):
         ctx: Any, tokens_x: Tensor, tokens_y: Tensor, x: TokenSets, y: TokenSets, request: Any, *shared: Tensor
     ) -> Any:
         ctx.sets, ctx.request = (x.with_tokens(tokens_x[:0]), y.with_tokens(tokens_y[:0])), request
-        ctx.save_for_backward(tokens_x, tokens_y, *shared)
+        ctx.save_for_backward(tokens_x, tokens_y, *x.places, *y.places, *shared)
         return tuple(_forward(x.with_tokens(tokens_x), y.with_tokens(tokens_y), request, shared))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tokens_x, tokens_y, *shared = ctx.saved_tensors
-        x, y = (sets.with_tokens(each) for sets, each in zip(ctx.sets, (tokens_x, tokens_y), strict=True))
+        tokens_x, tokens_y, *saved = ctx.saved_tensors
+        x, y, shared = ctx.sets[0].at(tokens_x, saved[:3]), ctx.sets[1].at(tokens_y, saved[3:6]), saved[6:]
         with torch.autocast(tokens_x.device.type, enabled=False), torch.no_grad():
             found = _backward(x, y, ctx.request, shared, grads)
         dx, dy, *dshared = differentiated_once("torch", found, [tokens_x, tokens_y, *shared, *grads])

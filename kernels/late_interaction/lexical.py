@@ -83,6 +83,10 @@ def sparsemax(scores: Tensor, dim: int = -1) -> Tensor:
     """
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
     with torch.no_grad():
+        largest = wide.amax(dim, keepdim=True)
+    # Only differences count, and those of large scores are exact where their sums are not.
+    wide = wide - largest.masked_fill(largest == -torch.inf, 0)
+    with torch.no_grad():
         ordered = wide.sort(dim=dim, descending=True).values
         shape = [1] * wide.dim()
         shape[dim] = -1
@@ -92,7 +96,8 @@ def sparsemax(scores: Tensor, dim: int = -1) -> Tensor:
         support = wide >= ordered.take_along_dim(size - 1, dim)
     inside = wide.masked_fill(~support, 0)
     tau = (inside.sum(dim, keepdim=True) - 1) / support.sum(dim, keepdim=True)
-    return (inside - tau).masked_fill(~support, 0).clamp(min=0).to(scores.dtype)
+    found = (inside - tau).masked_fill(~support, 0).clamp(min=0)
+    return found.masked_fill(largest.isnan(), torch.nan).to(scores.dtype)
 
 
 def finite_tokens(

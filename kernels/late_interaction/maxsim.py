@@ -44,7 +44,7 @@ def maxsim(
         pooling: instead of the maximum: `TopMeanPooling(k)`, `SoftmaxPooling`, `LogSumExpPooling` or `AttentionPooling`.
         aggregate: "sum" over the query's tokens, or "mean" over those that count.
         normalize: divide every token by its length first (at least 1e-12), in float32.
-        q_weights: [Nq, Lq], factors of the query tokens' terms, not negative, differentiable: the weighted token-wise
+        q_weights: [Nq, Lq], factors of the query tokens' terms, above 0, differentiable: the weighted token-wise
             interaction of DRL (arXiv:2203.07111). They multiply the tokens, so they want a maximum, or the mean of several.
         precision, memory_budget: as in `similarity_reduce`; the budget bounds what is kept from the forward to the
             backward (4 bytes for each query token and document), which otherwise is computed twice.
@@ -61,8 +61,9 @@ def maxsim(
     """
     candidates = _candidates(q, d)
     documents = d if not candidates else d.flatten(0, 1)
-    if candidates and d_mask is not None and d_mask.dim() == 3:
-        d_mask = d_mask.flatten(0, 1)
+    if d_mask is not None:
+        check_mask(d_mask, d, "d")
+        d_mask = d_mask.flatten(0, 1) if candidates else d_mask
     q = _weighted(unit(q, q_mask, "q") if normalize else q, q_weights, q_mask, pooling)
     x = padded_sets(q, q_mask, "q")
     y = padded_sets(unit(documents, d_mask, "d") if normalize else documents, d_mask, "d")

@@ -11,7 +11,7 @@ from ..backends import select_backend
 from ..contrastive.arguments import checked_budget, described
 from .blocks import dense, over_pairs
 from .formulas import Block
-from .token_sets import TokenSets, check_same_space, padded_sets
+from .token_sets import TokenSets, check_mask, check_same_space, padded_sets
 
 
 def pair_scores(
@@ -60,7 +60,10 @@ def _paired_sets(
         candidates = y.shape[1]
         if y.shape[0] != len(x) or not candidates:
             raise ValueError(f"y {list(y.shape)} with {len(x)} sets x: expected candidates [{len(x)}, K, Ly, D], K > 0")
-        y, y_mask = y.flatten(0, 1), None if y_mask is None else y_mask.flatten(0, 1)
+        if y_mask is not None:
+            check_mask(y_mask, y, "y")
+            y_mask = y_mask.flatten(0, 1)
+        y = y.flatten(0, 1)
     sets = check_same_space(padded_sets(x, x_mask, "x"), padded_sets(y, y_mask, "y"), "x", "y")
     return *sets, candidates
 

@@ -41,6 +41,8 @@ def most_similar_tokens(
         raise ValueError(f"share={share!r}: expected a number above 0, at most 1")
     if mask is not None:
         check_mask(mask, tokens, "tokens")
+    if others_mask is not None:
+        check_mask(others_mask, others, "others")
     n, length, width = tokens.shape
     with torch.no_grad():
         one = tokens.detach().reshape(n * length, 1, width)

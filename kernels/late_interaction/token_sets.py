@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,18 @@ class TokenSets:
     @property
     def count(self) -> int:
         return self.starts.shape[0]
+
+    @property
+    def places(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Which rows are whose: what a backward saves, so that torch notices when a mask is written to before it."""
+        return self.starts, self.lengths, self.keep
+
+    def at(self, tokens: Tensor, places: Sequence[Tensor | None]) -> TokenSets:
+        """The same sets of other embeddings, their `places` as a backward finds them saved."""
+        starts, lengths, keep = places
+        assert starts is not None
+        assert lengths is not None
+        return TokenSets(tokens, starts, lengths, keep, self.longest, self.padded)
 
     def with_tokens(self, tokens: Tensor) -> TokenSets:
         """The same sets of other embeddings [T, any]."""

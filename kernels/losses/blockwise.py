@@ -14,7 +14,6 @@ from ..contrastive.autograd import differentiated_once
 Formula = Callable[..., Tensor]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def blockwise_sum(
     formula: Formula, by_row: Sequence[Tensor | None], whole: Sequence[Tensor | None], block: int
 ) -> Tensor:
@@ -29,8 +28,25 @@ def blockwise_sum(
         whole: tensors that every block sees.
         block: rows of a block.
     """
+    if not torch.is_grad_enabled():
+        return _forward_alone(formula, by_row, whole, block)
     total: Tensor = _BlockwiseSum.apply(formula, block, len(by_row), *by_row, *whole)
     return total
+
+
+# What torch.compiler.disable does, without its import of the whole compiler: the blocks run outside of a compiled graph.
+blockwise_sum._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _forward_alone(
+    formula: Formula, by_row: Sequence[Tensor | None], whole: Sequence[Tensor | None], block: int
+) -> Tensor:
+    n = by_row[0].shape[0]  # type: ignore[union-attr]
+    parts = [
+        formula(rows, *(None if each is None else each[rows] for each in by_row), *whole)
+        for rows in (slice(first, min(first + block, n)) for first in range(0, n, block) or (0,))
+    ]
+    return torch.stack(parts).sum()
 
 
 class _BlockwiseSum(torch.autograd.Function):

@@ -89,6 +89,7 @@ class FilipLoss(TokenLoss):
         check_token_pairs(images, texts, ("image_tokens", "text_tokens"))
         check_scalar("logit_scale", logit_scale)
         if self.select_tokens is not None:
+            images, texts = _with_each_other(images, texts)
             images, texts = _selected(images, texts, self.select_tokens), _selected(texts, images, self.select_tokens)
         rows, cols, weights = images, texts, self.direction_weights
         if self.travelling == "image":
@@ -103,6 +104,16 @@ class FilipLoss(TokenLoss):
             terms.append(weights[1] * col_terms(pairs.scaled(of_cols, logit_scale), pairs))
         loss = self._reduced(torch.stack(terms).sum(0), pairs)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _with_each_other(images: Sets, texts: Sets) -> tuple[Sets, Sets]:
+    """Without the tokens of pairs that do not count, so that none of them has a say in what is selected."""
+    counts = [
+        torch.full(each.tokens.shape[:2], True, device=each.tokens.device) if each.mask is None else each.mask
+        for each in (images, texts)
+    ]
+    both = (counts[0].any(1) & counts[1].any(1)).unsqueeze(1)
+    return Sets(images.tokens, counts[0] & both), Sets(texts.tokens, counts[1] & both)
 
 
 def _selected(sets: Sets, others: Sets, share: float) -> Sets:

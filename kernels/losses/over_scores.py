@@ -40,12 +40,14 @@ def over_scores(
         What the loss returns.
 
     Raises:
-        ValueError: two matrices for a loss that has no `direction_weights`, and what the loss raises.
+        ValueError: matrices that are no [n, N], a start out of its range, two matrices for a loss that has no `direction_weights`, and what the loss raises.
 
     Example:
         # On several ranks first `_, d, d_mask = pairtile.kernels.distributed.gather_tokens(d, d_mask, group=group)`.
         loss = over_scores(SigLipLoss(), maxsim(q, d, q_mask, d_mask), None, scale, logit_bias=bias)
     """
+    for scores in (of_images, of_images if of_texts is None else of_texts):
+        _check_scores(scores, start, alone=loss._group() is None)
     partners = torch.zeros_like(of_images)
     partners[:, start : start + len(partners)].fill_diagonal_(1)
     if of_texts is None:
@@ -60,3 +62,15 @@ def over_scores(
             directed.direction_weights = weights  # type: ignore[assignment]
             parts.append(directed(scores, partners, logit_scale, **given))
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _check_scores(scores: Tensor, start: int, *, alone: bool) -> None:
+    if scores.dim() != 2 or (alone and (scores.shape[0] != scores.shape[1] or start)):
+        raise ValueError(
+            f"scores {list(scores.shape)} with start={start}: expected [n, N], this rank's images with all texts; on one "
+            "process [N, N] and start=0 (candidates that belong to no image are negatives of the loss itself)"
+        )
+    if not 0 <= start <= scores.shape[1] - scores.shape[0]:
+        raise ValueError(
+            f"start={start} with scores {list(scores.shape)}: expected a column for each row from there on"
+        )

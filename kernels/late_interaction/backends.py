@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..contrastive.autograd import differentiated_once
 from ..contrastive.compiled import define
-from .blocks import SETS, _split
+from .blocks import SETS, flat_sets, split_sets
 from .formulas import decode_pooling, encode_pooling
 from .pooling import LogSumExpPooling, MaxPooling, Pooling, SoftmaxPooling
 from .token_sets import TokenSets
@@ -140,32 +140,32 @@ def define_operators(kernels: Kernels) -> Any:
         return Request(decode_pooling(*pooling), candidates, sides[0], sides[1], budget, precision)
 
     def forward(*arguments: Any) -> list[Tensor]:
-        x, y, *given = _split(arguments)
+        x, y, *given = split_sets(arguments)
         scores, kept = kernels.forward(x, y, asked(*given), True)
         return [*scores, *kept]
 
     def fake_forward(*arguments: Any) -> list[Tensor]:
-        x, y, *given = _split(arguments)
+        x, y, *given = split_sets(arguments)
         request = asked(*given)
         shape = x.count, request.candidates or y.count
         scores = [x.tokens.new_empty(shape, dtype=torch.float32) for _ in range(request.outputs)]
         return [*scores, *empty_kept(x, y, request)]
 
     def backward(*arguments: Any) -> list[Tensor]:
-        x, y, *given, kept, grads, wanted = _split(arguments)
+        x, y, *given, kept, grads, wanted = split_sets(arguments)
         with torch.autocast(x.tokens.device.type, enabled=False):  # who calls backward may have it on
             found = kernels.backward(x, y, asked(*given), list(kept), list(grads), tuple(wanted))
         return [x.tokens.new_empty(0) if each is None else each.contiguous() for each in found]
 
     def fake_backward(*arguments: Any) -> list[Tensor]:
-        x, y, *_, wanted = _split(arguments)
+        x, y, *_, wanted = split_sets(arguments)
         return [
             each.tokens.new_empty(each.tokens.shape if want else (0,))
             for each, want in zip((x, y), wanted, strict=True)
         ]
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-        x, y, *ctx.request = _split(inputs)
+        x, y, *ctx.request = split_sets(inputs)
         ctx.rest = x.longest, x.padded, y.longest, y.padded
         outputs = asked(*ctx.request).outputs
         ctx.outputs = outputs
@@ -195,8 +195,6 @@ def define_operators(kernels: Kernels) -> Any:
 
 def traced(operator: Any, x: TokenSets, y: TokenSets, request: Request) -> tuple[Tensor, ...]:
     """The scores, from an operator of `define_operators`."""
-    from .blocks import _flat
-
     given = list(encode_pooling(request.pooling)), request.candidates, [request.rows, request.cols]
-    found = operator(*_flat(x), *_flat(y), *given, request.budget, request.precision)
+    found = operator(*flat_sets(x), *flat_sets(y), *given, request.budget, request.precision)
     return tuple(found[: request.outputs])

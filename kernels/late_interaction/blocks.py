@@ -52,7 +52,7 @@ def over_pairs(
     """
     request = (name, [float(each) for each in numbers], candidates, outputs, max(1, budget // copies))
     if torch.compiler.is_compiling():
-        return tuple(_traced(*_flat(x), *_flat(y), list(shared), *request))
+        return tuple(_traced(*flat_sets(x), *flat_sets(y), list(shared), *request))
     found: tuple[Tensor, ...] = _OverPairs.apply(x.tokens, y.tokens, x, y, request, *shared)
     return found
 
@@ -200,11 +200,12 @@ class _OverPairs(torch.autograd.Function):
         return dx, dy, None, None, None, *dshared
 
 
-def _flat(sets: TokenSets) -> tuple[Any, ...]:
+def flat_sets(sets: TokenSets) -> tuple[Any, ...]:
+    """The fields of sets, as `SETS` names them."""
     return sets.tokens, sets.starts, sets.lengths, sets.keep, sets.longest, sets.padded
 
 
-_FLAT = len(_flat(TokenSets(*[None] * 6)))  # type: ignore[arg-type]
+_FLAT = len(flat_sets(TokenSets(*[None] * 6)))  # type: ignore[arg-type]
 #: The fields of `TokenSets` in an operator's schema, for x and y.
 SETS = ", ".join(
     f"Tensor {side}, Tensor {side}_starts, Tensor {side}_lengths, Tensor? {side}_keep, SymInt {side}_longest, SymInt? {side}_padded"
@@ -212,17 +213,18 @@ SETS = ", ".join(
 )
 
 
-def _split(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def split_sets(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """x and y of an operator's arguments, and the rest."""
     return TokenSets(*arguments[:_FLAT]), TokenSets(*arguments[_FLAT : 2 * _FLAT]), *arguments[2 * _FLAT :]
 
 
 def _operator(*arguments: Any) -> list[Tensor]:
-    x, y, shared, *request = _split(arguments)
+    x, y, shared, *request = split_sets(arguments)
     return _forward(x, y, tuple(request), shared)
 
 
 def _fake(*arguments: Any) -> list[Tensor]:
-    x, y, _, _, _, candidates, outputs, _ = _split(arguments)
+    x, y, _, _, _, candidates, outputs, _ = split_sets(arguments)
     dtype = torch.promote_types(x.tokens.dtype, torch.float32)
     return [x.tokens.new_empty(x.count, candidates or y.count, dtype=dtype) for _ in range(outputs)]
 
@@ -238,21 +240,21 @@ def _recording() -> Iterator[None]:
 
 
 def _operator_backward(*arguments: Any) -> list[Tensor]:
-    x, y, shared, *request, grads = _split(arguments)
+    x, y, shared, *request, grads = split_sets(arguments)
     # Who calls backward may have autocast on.
     with torch.autocast(x.tokens.device.type, enabled=False), _recording():
         return _backward(x, y, tuple(request), shared, grads)
 
 
 def _fake_backward(*arguments: Any) -> list[Tensor]:
-    x, y, shared, *_ = _split(arguments)
+    x, y, shared, *_ = split_sets(arguments)
     return [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (x.tokens, y.tokens, *shared)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, y, shared, *ctx.request = _split(inputs)
+    x, y, shared, *ctx.request = split_sets(inputs)
     ctx.rest = x.longest, x.padded, y.longest, y.padded
-    ctx.save_for_backward(*_flat(x)[:4], *_flat(y)[:4], *shared)
+    ctx.save_for_backward(*flat_sets(x)[:4], *flat_sets(y)[:4], *shared)
 
 
 def _differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:

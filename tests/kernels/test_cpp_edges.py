@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import chain
 
 import pytest
 import torch
 import torch.nn.functional as F
+from contenders import threads
 from torch import Tensor
 
 from pairtile.kernels import (
@@ -45,16 +45,6 @@ def features(n: int, m: int, d: int, dtype: torch.dtype = torch.float32) -> tupl
 def value_and_gradients(function: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
     value = function(*leaves)
     return [value.detach(), *torch.autograd.grad(value, leaves)]
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def mixed(x: Tensor, y: Tensor, budget: int | None) -> Tensor:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
-from contenders import portable_product
+from contenders import portable_product, threads
 from torch import Tensor
 
 from pairtile.kernels import project_max, use_backend
@@ -63,16 +62,6 @@ def check(found: list[Tensor], truth: list[Tensor], dtype: torch.dtype) -> None:
         # Scores are float32 whatever the tokens are.
         allowed = TOLERANCES[dtype if position >= 2 else torch.float32]
         assert (value - expected).norm() <= allowed * expected.norm().clamp(min=1e-3), position
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # Chunks have 64 rows, strips 64 columns, panels at most 512 and of wide tokens 64; streamed blocks 12 rows. Set lengths lie

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import token_merging as papers
 import torch
 import torch.nn.functional as F
-from contenders import portable_product
+from contenders import portable_product, threads
 from torch import Tensor
 
 from pairtile.kernels import use_backend
@@ -18,16 +17,6 @@ from pairtile.kernels.token_merging.combine import combine, spread
 from pairtile.kernels.token_merging.similarity import TORCH, Partners, best_partners, energies
 
 pytestmark = pytest.mark.usefixtures("cpp")
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.fixture(params=[False, True], ids=["brgemm", "portable"])

@@ -31,6 +31,17 @@ def portable_product(portable: bool) -> Iterator[None]:
         torch.ops.pairtile.use_portable_product(before)
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def contenders(interpreted: bool) -> list[tuple[str, bool]]:
     """(backend, whether cpp's portable tile product is used)."""
     built = [] if operators_obstacle() else [("cpp", False), ("cpp", True)]

@@ -84,8 +84,9 @@ std::vector<Tensor> reduce_forward(const Tensor& x, const Tensor& y, const Tenso
   return outputs;
 }
 
-// What the backward needs of one reduction.
-Upstream upstream_of(const Reduction& reduction, const Tensor& gradient, const Tensor& statistics) {
+// What the backward needs of one reduction. Statistics may be of more pairs than this problem has, and so have a shift
+// that its backward does not subtract (`shifted`): the coefficient then holds it.
+Upstream upstream_of(const Reduction& reduction, const Tensor& gradient, const Tensor& statistics, bool shifted) {
   Upstream upstream;
   upstream.coefficient = to_floats(gradient);
   if (reduction.has_exponent()) {
@@ -97,7 +98,8 @@ Upstream upstream_of(const Reduction& reduction, const Tensor& gradient, const T
     }
     for (size_t i = 0; i < known.sum.size(); ++i) {
       float& coefficient = upstream.coefficient[i];
-      coefficient = known.sum[i] == 0 ? 0.0f : static_cast<float>(coefficient / known.sum[i]);
+      const double sum = shifted || known.shift[i] == 0 ? known.sum[i] : known.sum[i] * std::exp(known.shift[i]);
+      coefficient = known.sum[i] == 0 ? 0.0f : static_cast<float>(coefficient / sum);
     }
   }
   return upstream;
@@ -110,19 +112,22 @@ std::vector<Tensor> reduce_backward(const Tensor& x, const Tensor& y, const Tens
                                     int64_t budget, at::TensorList statistics, const Tensor& kept, at::TensorList grads, std::array<bool, 6> wanted) {
   Problem problem = make_problem(x, y, scale, bias, row_bias, col_bias, budget);
   const Plan plan = decode_plan(numbers, factors, metadata, problem);
+  const std::unique_ptr<Sweep> sweep = plan.weighs() ? make_sweep(problem, plan) : nullptr;
   std::vector<Upstream> upstream;
   size_t result = 0;
-  for (const Reduction& reduction : plan.reductions) {
+  for (size_t k = 0; k < plan.reductions.size(); ++k) {
+    const Reduction& reduction = plan.reductions[k];
     const bool has_gradient = reduction.weighs() || !reduction.dense();
-    upstream.push_back(has_gradient ? upstream_of(reduction, grads[result], statistics[result]) : Upstream());
+    const bool shifted = has_gradient && reduction.has_exponent() && sweep != nullptr && sweep->shifted(k);
+    upstream.push_back(has_gradient ? upstream_of(reduction, grads[result], statistics[result], shifted) : Upstream());
     result += reduction.kind == Kind::kChosen ? 2 : 1;
   }
   const Needed needed{wanted[0], wanted[1], wanted[2], wanted[3] || wanted[4], wanted[5]};
   const int64_t matrices = plan.matrices(problem, /*backward=*/true).size();
   const int64_t chunks = kept.numel() / std::max<int64_t>(stored_floats(Tiles(problem), matrices), 1);
   const Gradients gradients =
-      plan.weighs() ? make_sweep(problem, plan)->backward(upstream, needed, kept.const_data_ptr<float>(), chunks)
-                    : pair_gradients(problem, plan, upstream, needed);
+      sweep != nullptr ? sweep->backward(upstream, needed, kept.const_data_ptr<float>(), chunks)
+                       : pair_gradients(problem, plan, upstream, needed);
   auto sums = [](const std::vector<double>& values, const OptionalTensor& like) {
     const Tensor all = to_tensor(values, at::kDouble);
     return (like->numel() == all.numel() && like->dim() > 0 ? all : all.sum()).reshape(like->sizes()).to(like->scalar_type());

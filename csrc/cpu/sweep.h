@@ -50,6 +50,9 @@ class Sweep {
   // Whether one exponential for each pair serves the whole plan.
   virtual bool uniform() const = 0;
 
+  // Whether the backward subtracts a reduction's shift before it exponentiates. Where scores are small it does not.
+  virtual bool shifted(size_t reduction) const = 0;
+
   // Gradients, from one Upstream for each reduction of the plan. If `losses` is given (uniform softplus plans), the
   // sum of the terms of each row is added to it on the way, so that no forward is needed.
   virtual Gradients backward(const std::vector<Upstream>& upstream, Needed needed, const float* kept,

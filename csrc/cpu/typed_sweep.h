@@ -50,6 +50,10 @@ class TypedSweep final : public Sweep {
 
   bool uniform() const override { return mode_.uniform; }
 
+  bool shifted(size_t reduction) const override {
+    return !mode_.uniform && !mode_.shared.exponents[mode_.shared.uses[reduction].exponent].safe;
+  }
+
   std::vector<Statistics> forward(float* kept, int64_t kept_chunks) override {
     Reducer reducer(problem_, plan_, tiles_, mode_);
     // Nothing but partial results of columns bounds the height of a panel here: all chunks, if those stay small.

@@ -9,15 +9,14 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from ..dtypes import FEATURE_DTYPES as FEATURE_DTYPES
+
 #: Bytes of working memory when the caller names none.
 DEFAULT_MEMORY_BUDGET = 64 * 2**20
 #: The same on the triton backend: a hundredth of a GPU's memory, and the panels of a batch of 65,536 are few.
 GPU_MEMORY_BUDGET = 512 * 2**20
 
 _allowed: ContextVar[int | None] = ContextVar("pairtile_memory_budget", default=None)
-
-#: The dtypes that features may have.
-FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_features(x: Tensor, y: Tensor, x_name: str = "x", y_name: str = "y") -> None:

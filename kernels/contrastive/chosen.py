@@ -60,12 +60,12 @@ class _ChosenScores(torch.autograd.Function):
         dim, budget, backend = ctx.request
         operands, needed = Operands(*given), list(ctx.needs_input_grad[:_COUNT])
         with torch.no_grad(), torch.autocast(operands.x.device.type, enabled=False):
-            gradients = _gradients(operands, indices, grad, dim, budget, needed)
+            gradients = chosen_gradients(operands, indices, grad, dim, budget, needed)
         gradients = differentiated_once(backend, gradients, [*operands, grad])
         return *gradients, None, None, None, None, None
 
 
-def _gradients(
+def chosen_gradients(
     operands: Operands, indices: Tensor, grad: Tensor, dim: int, budget: int, needed: list[bool]
 ) -> list[Tensor | None]:
     """Gradients of the operands, None where not needed; `grad` is that of the scores at `indices`, -1 being none."""
@@ -138,7 +138,7 @@ def _scores(*arguments: Any) -> Tensor:
 def _backward(*arguments: Any) -> list[Tensor]:
     operands = Operands(*arguments[:_COUNT])
     with torch.autocast(operands.x.device.type, enabled=False):  # who calls backward may have it on
-        return returned(operands, _gradients(operands, *arguments[_COUNT:]))
+        return returned(operands, chosen_gradients(operands, *arguments[_COUNT:]))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

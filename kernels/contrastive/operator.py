@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import select_backend
+from ..distributed.exchange import Exchange
 from . import compiled, cpp_backend, reference, torch_backend, triton_backend
 from .arguments import DEFAULT_MEMORY_BUDGET as DEFAULT_MEMORY_BUDGET
 from .arguments import FEATURE_DTYPES as FEATURE_DTYPES
@@ -17,7 +20,10 @@ from .chosen import with_chosen_gradients
 from .operands import Operands
 from .reductions import Reduction
 from .request import Request
+from .sharded import Extra, gathered_directions, ring_results
 
+_UNCHANGED = nullcontext()
+_NO_EXTRA = Extra()
 _SWEEPS = {sweeps.name: sweeps for sweeps in (torch_backend.SWEEPS, triton_backend.SWEEPS)}
 
 
@@ -33,6 +39,8 @@ def similarity_reduce(
     cols: Iterable[Reduction] = (),
     precision: str | None = None,
     memory_budget: int | None = None,
+    group: dist.ProcessGroup | Exchange | None = None,
+    strategy: str = "gather",
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Reduce S = scale * x y^T + bias along its rows and its columns in one sweep, without storing S.
 
@@ -58,6 +66,12 @@ def similarity_reduce(
             `use_memory_budget`, else 64 MiB, on `cpp` for S and for each teacher, or 512 MiB on the `triton` backend. On the `torch` backend a budget below what the smallest tile needs (16 rows by up to 8192
             columns) gives that tile, and 16-bit inputs need a float32 accumulator for the gradient of y on top; on
             `triton` both gradients need one where neither side of S fits into a panel.
+        group: a process group of several ranks. Each passes its own rows and columns, which may differ in number, and
+            what belongs to them (biases, ids, weights, teachers); S is that of all ranks' rows and columns in rank
+            order, whose positions rules name and `ArgTopK` gives. The results are those of this rank's rows and
+            columns. Gradients of x, y and the biases are summed over the ranks; those of scale and bias are this
+            rank's part of the sum. A collective: all ranks ask for the same. An `Exchange` says more than `strategy`.
+        strategy: "gather" or "ring", as in `Exchange`. `reference` always gathers.
 
     Returns:
         (row results, column results), each a tuple in the order asked for; float32, or float64 for float64
@@ -82,10 +96,32 @@ def similarity_reduce(
     settings = Settings(checked_budget(memory_budget, backend), checked_precision(precision, backend))
     operands = resolved_operands(x, y, scale, bias, row_bias, col_bias)
     # The operator states its own precision: autocast would run the product in 16 bits and round its result.
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
-            return _serve(backend, operands, rows, cols, settings, memory_budget)
-    return _serve(backend, operands, rows, cols, settings, memory_budget)
+    with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else _UNCHANGED:
+        if group is not None:
+            exchange = group if isinstance(group, Exchange) else Exchange(group, strategy)
+            return sharded_reduce(exchange, backend, operands, rows, cols, settings, memory_budget)
+        return _serve(backend, operands, rows, cols, settings, memory_budget)
+
+
+def sharded_reduce(
+    exchange: Exchange,
+    backend: str,
+    operands: Operands,
+    rows: Iterable[Reduction],
+    cols: Iterable[Reduction],
+    settings: Settings,
+    memory_budget: int | None,
+    extra: Extra = _NO_EXTRA,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Over a group; see `group` above. Only a ring takes extra rows and columns."""
+    if exchange.strategy == "ring" and backend != "reference":
+        return ring_results(exchange, operands, rows, cols, backend, settings, extra)
+    of_rows: tuple[Tensor, ...] = ()
+    of_cols: tuple[Tensor, ...] = ()
+    for direction in gathered_directions(exchange, operands, list(rows), list(cols)):
+        found = _serve(backend, direction.operands, direction.rows, direction.cols, settings, memory_budget)
+        of_rows, of_cols = of_rows + found[0], of_cols + found[1]
+    return of_rows, of_cols
 
 
 def resolved_operands(

@@ -52,6 +52,8 @@ def _is_plain(given: PairRules | None) -> bool:
     return given is None or isinstance(given, Diagonal)
 
 
+#: Of a pair and a direction, S at each owner's own pair; see `Request`.
+OwnScores = Callable[[Diagonal | Target, int, float], Tensor]
 #: Makes one result that the caller asked for of those that the backend gave, by their positions.
 Maker = Callable[[list[Tensor]], Tensor]
 
@@ -76,10 +78,21 @@ class Resolved:
 
 
 class Request:
-    """Resolves reductions of one similarity matrix."""
+    """Resolves reductions of one similarity matrix.
 
-    def __init__(self, operands: Operands, budget: int) -> None:
+    Args:
+        operands: its own; or, with `columns` and `own_scores`, a rank's part of them.
+        budget: bytes of working memory.
+        columns: of the whole matrix, which a `Target` names.
+        own_scores: (pair, dim, missing) -> S at each owner's own pair, float64; `missing` where it has none.
+    """
+
+    def __init__(
+        self, operands: Operands, budget: int, columns: int | None = None, own_scores: OwnScores | None = None
+    ) -> None:
         self._operands, self._budget = operands, budget
+        self._columns = operands.length(0) if columns is None else columns
+        self._own_scores = own_scores or self._own_scores_here
         self._dtype, self._device = operands.scale.dtype, operands.x.device
         self._teachers: dict[Teacher, Teacher] = {}  # by identity: one for all reductions that name it
 
@@ -165,7 +178,7 @@ class Request:
         if isinstance(rule, (Diagonal, ColumnRange)):
             return rule
         if isinstance(rule, Target):
-            check_targets(rule.columns, self._operands.length(1), self._operands.length(0), self._device)
+            check_targets(rule.columns, self._operands.length(1), self._columns, self._device)
         elif isinstance(rule, (SameId, DifferentId)):
             kind = type(rule).__name__
             for value, part, axis in ((rule.rows, "rows", 1), (rule.cols, "cols", 0)):
@@ -192,7 +205,7 @@ class Request:
                 f"{kind}(Target(...)) in a reduction of cols: several rows may name one column, so a column has no "
                 "pair of its own; use Diagonal, or swap x and y"
             )
-        check_targets(pair.columns, self._operands.length(1), self._operands.length(0), self._device)
+        check_targets(pair.columns, self._operands.length(1), self._columns, self._device)
 
     def _resolved(self, rule: AbovePositive, dim: int) -> Above:
         return Above(self.thresholds(rule, rule.margin, dim), rule.pair)
@@ -200,9 +213,12 @@ class Request:
     def thresholds(self, user: AbovePositive | HingeSum | CountAbove, margin: float | Tensor, dim: int) -> Tensor:
         """S_own + margin of each owner, from scores in float64, rounded once; +inf for one without a pair."""
         self.check_own_pair(user.pair, user, dim)
-        scores = traced_pair_scores if torch.compiler.is_compiling() else pair_scores
-        own = scores(self._operands.detached(), user.pair, dim, self._budget, math.inf)
+        own = self._own_scores(user.pair, dim, math.inf)
         return (own + (margin.detach() if isinstance(margin, Tensor) else margin)).to(self._dtype)
+
+    def _own_scores_here(self, pair: Diagonal | Target, dim: int, missing: float) -> Tensor:
+        scores = traced_pair_scores if torch.compiler.is_compiling() else pair_scores
+        return scores(self._operands.detached(), pair, dim, self._budget, missing)
 
 
 class _Expansion:

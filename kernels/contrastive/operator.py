@@ -20,10 +20,9 @@ from .chosen import with_chosen_gradients
 from .operands import Operands
 from .reductions import Reduction
 from .request import Request
-from .sharded import Extra, gathered_directions, ring_results
+from .sharded import NO_EXTRA, Extra, gathered_directions, ring_results
 
 _UNCHANGED = nullcontext()
-_NO_EXTRA = Extra()
 _SWEEPS = {sweeps.name: sweeps for sweeps in (torch_backend.SWEEPS, triton_backend.SWEEPS)}
 
 
@@ -91,37 +90,62 @@ def similarity_reduce(
                 cols=(LogSumExp(exclude=Diagonal()), PairScore()))
             loss = (F.softplus(others - own) + F.softplus(others_t - own_t)).mean() / 2
     """
+    exchange = group if isinstance(group, Exchange) or group is None else Exchange(group, strategy)
+    return reduced(exchange, NO_EXTRA, x, y, scale, bias, row_bias, col_bias, rows, cols, precision, memory_budget)
+
+
+def reduced(
+    exchange: Exchange | None,
+    extra: Extra,
+    x: Tensor,
+    y: Tensor,
+    scale: float | Tensor,
+    bias: float | Tensor = 0.0,
+    row_bias: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    rows: Iterable[Reduction] = (),
+    cols: Iterable[Reduction] = (),
+    precision: str | None = None,
+    memory_budget: int | None = None,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """As `similarity_reduce`; in a ring with extra rows and columns at the end of x and y."""
     check_features(x, y)
     backend, _ = select_backend(x.device)
     settings = Settings(checked_budget(memory_budget, backend), checked_precision(precision, backend))
     operands = resolved_operands(x, y, scale, bias, row_bias, col_bias)
     # The operator states its own precision: autocast would run the product in 16 bits and round its result.
     with torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else _UNCHANGED:
-        if group is not None:
-            exchange = group if isinstance(group, Exchange) else Exchange(group, strategy)
-            return sharded_reduce(exchange, backend, operands, rows, cols, settings, memory_budget)
-        return _serve(backend, operands, rows, cols, settings, memory_budget)
+        if exchange is None:
+            return _serve(backend, operands, rows, cols, settings, memory_budget)
+        return _sharded(exchange, extra, backend, operands, rows, cols, settings, memory_budget)
 
 
-def sharded_reduce(
+def _sharded(
     exchange: Exchange,
+    extra: Extra,
     backend: str,
     operands: Operands,
     rows: Iterable[Reduction],
     cols: Iterable[Reduction],
     settings: Settings,
     memory_budget: int | None,
-    extra: Extra = _NO_EXTRA,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Over a group; see `group` above. Only a ring takes extra rows and columns."""
     if exchange.strategy == "ring" and backend != "reference":
         return ring_results(exchange, operands, rows, cols, backend, settings, extra)
     of_rows: tuple[Tensor, ...] = ()
     of_cols: tuple[Tensor, ...] = ()
     for direction in gathered_directions(exchange, operands, list(rows), list(cols)):
         found = _serve(backend, direction.operands, direction.rows, direction.cols, settings, memory_budget)
+        if backend == "reference":
+            # Its results need not depend on what was gathered, yet every rank must answer in the backward.
+            found = _tied(found[0], direction.operands), _tied(found[1], direction.operands)
         of_rows, of_cols = of_rows + found[0], of_cols + found[1]
     return of_rows, of_cols
+
+
+def _tied(results: tuple[Tensor, ...], operands: Operands) -> tuple[Tensor, ...]:
+    nothing = torch.stack([each.reshape(-1)[:0].sum() for each in operands if each is not None]).sum()
+    return tuple([each + nothing.to(each.dtype) if each.is_floating_point() else each for each in results])
 
 
 def resolved_operands(

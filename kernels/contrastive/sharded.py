@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from ..distributed.exchange import Exchange
 from ..distributed.gathering import gather, gather_ids
-from ..distributed.shards import FEATURE_DTYPES, Shards, all_numbers
+from ..distributed.shards import Shards, all_numbers
+from ..dtypes import FEATURE_DTYPES
 from .autograd import Settings
 from .operands import Operands
 from .placement import Block, Metadata, with_vector_scales
-from .reductions import Reduction
+from .reductions import PairRules, Reduction, rules_of
 from .request import Request
 from .ring import Layout, Sweep, own_scores, ring_reduce
 
@@ -33,6 +35,9 @@ class Extra:
     cols: int = 0
 
 
+NO_EXTRA = Extra()
+
+
 def ring_results(
     exchange: Exchange,
     operands: Operands,
@@ -43,7 +48,8 @@ def ring_results(
     extra: Extra,
 ) -> Results:
     """Row results of this rank's rows over all columns, and column results of its columns over all rows."""
-    layout, wanted, operands = _agreed(exchange, operands, extra)
+    rows, cols = list(rows), list(cols)
+    layout, wanted, operands = _agreed(exchange, operands, extra, rows, cols)
     needed = tuple(
         each if k in (1, 5) else mine for k, (each, mine) in enumerate(zip(wanted, _wanted(operands), strict=True))
     )
@@ -68,28 +74,48 @@ def _wanted(operands: Operands) -> list[bool]:
     return [torch.is_grad_enabled() and each is not None and each.requires_grad for each in operands]
 
 
-def _agreed(exchange: Exchange, operands: Operands, extra: Extra) -> tuple[Layout, list[bool], Operands]:
+def _agreed(
+    exchange: Exchange, operands: Operands, extra: Extra, rows: Sequence[Reduction], cols: Sequence[Reduction]
+) -> tuple[Layout, list[bool], Operands]:
     """How rows and columns lie over the ranks, and which operands want a gradient on any of them: one small exchange.
 
     Returns the operands too: where one rank has a temperature for each row, all have. (One row's is a number.)
     """
     x, y, scale = operands.x, operands.y, operands.scale
     mine = [len(x) - extra.rows, len(y) - extra.cols, extra.rows, extra.cols]
-    form = [x.shape[1], FEATURE_DTYPES.index(x.dtype), *(int(each is not None) for each in operands[3:])]
+    asked = zlib.crc32(repr((_kinds(rows), _kinds(cols))).encode())
+    form = [x.shape[1], FEATURE_DTYPES.index(x.dtype), *(int(each is not None) for each in operands[3:]), asked]
     flags = [*_wanted(operands), operands.per_row_scale]
     table = all_numbers([*mine, *form, *map(int, flags)], exchange.group, x.device)
     forms = [row[4 : 4 + len(form)] for row in table]
     if any(each != forms[0] for each in forms):
         listed = ", ".join(
-            f"rank {rank}: width {width}, {FEATURE_DTYPES[dtype]}, bias {bool(bias)}, row_bias {bool(row)}, col_bias {bool(col)}"
-            for rank, (width, dtype, bias, row, col) in enumerate(forms)
+            f"rank {rank}: width {width}, {FEATURE_DTYPES[dtype]}, bias {bool(bias)}, row_bias {bool(row)}, "
+            f"col_bias {bool(col)}, reductions {asked:08x}"
+            for rank, (width, dtype, bias, row, col, asked) in enumerate(forms)
         )
-        raise ValueError(f"features differ between ranks ({listed}): every rank must pass the same kinds of arguments")
+        raise ValueError(
+            f"ranks differ ({listed}): every rank must pass one width and dtype, the same kinds of arguments, and ask for "
+            "the same reductions in the same order"
+        )
     n, m, extra_n, extra_m = zip(*(row[:4] for row in table), strict=True)
     *wanted, per_row = (any(each) for each in zip(*(row[4 + len(form) :] for row in table), strict=True))
     if per_row:
         operands = operands._replace(scale=scale.expand(len(x)))
     return Layout(dist.get_rank(exchange.group), n, m, extra_n, extra_m), wanted, operands
+
+
+def _kinds(reductions: Sequence[Reduction]) -> list[object]:
+    """What must be the same on all ranks: kinds of reductions and of rules, and how many scores are chosen."""
+    return [
+        (type(each).__name__, getattr(each, "k", 1), [type(rule).__name__ for rule in rules_of(_excluded(each))])
+        for each in reductions
+    ]
+
+
+def _excluded(reduction: Reduction) -> PairRules | None:
+    found: PairRules | None = getattr(reduction, "exclude", None)
+    return found
 
 
 @dataclass(frozen=True)
@@ -108,7 +134,7 @@ def gathered_directions(
 
     Every rank takes part in every exchange, in the order rows, columns.
     """
-    layout, _, operands = _agreed(exchange, operands, Extra())
+    layout, _, operands = _agreed(exchange, operands, NO_EXTRA, rows, cols)
     x, y, scale, bias, row_bias, col_bias = operands
     rows, cols = with_vector_scales(rows, len(x)), with_vector_scales(cols, len(x))
     found: list[Gathered] = []

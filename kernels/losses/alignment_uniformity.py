@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..contrastive import Diagonal, LogSumExp, similarity_reduce
-from ..distributed import Shards, gather
+from ..distributed import Exchange, Shards, gather_counts
 from .base import ContrastiveLoss, check_pairs, check_scalar
 from .cacr import squared_distances, squared_norms
 from .clip import ClipLoss
@@ -91,32 +91,36 @@ class AlignmentUniformityLoss(ContrastiveLoss):
         """
         check_pairs(image_features, text_features)
         check_scalar("logit_scale", logit_scale)
-        batch, (all_images, all_texts) = gather(image_features, text_features, group=self._group())
+        exchange = self._exchange()
+        batch = gather_counts(len(image_features), device=image_features.device, group=self._group())
         terms = []
         if self.alignment_weight:
             distances = squared_distances(image_features, text_features)
             terms.append(self.alignment_weight * self._finish(distances, batch))
         if self.uniformity_weight:
-            for one, all_of_it in ((image_features, all_images), (text_features, all_texts)):
+            for one in (image_features, text_features):
                 # The pairs (i, j) and (j, i) are the same: what the columns would add to the gradient is the rows' own.
                 doubled: Tensor = _WithTwiceTheGradient.apply(one)
-                terms.append(self.uniformity_weight / 2 * self._uniformity(doubled, all_of_it.detach(), batch))
+                terms.append(self.uniformity_weight / 2 * self._uniformity(doubled, one.detach(), exchange, batch))
         if self.cross_uniformity_weight:
-            terms.append(self.cross_uniformity_weight * self._uniformity(image_features, all_texts, batch))
+            terms.append(
+                self.cross_uniformity_weight * self._uniformity(image_features, text_features, exchange, batch)
+            )
         if self.clip_loss_weight:
             terms.append(self.clip_loss_weight * self.contrast(image_features, text_features, logit_scale))
         loss = torch.stack(terms).sum()
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _uniformity(self, x: Tensor, all_y: Tensor, batch: Shards) -> Tensor:
-        """log mean_{i != j} exp(-t |x_i - y_j|^2) of this rank's x and all y."""
+    def _uniformity(self, x: Tensor, y: Tensor, exchange: Exchange | None, batch: Shards) -> Tensor:
+        """log mean_{i != j} exp(-t |x_i - y_j|^2) of this rank's x and all ranks' y."""
         (of_rows,), _ = similarity_reduce(
             x,
-            all_y,
+            y,
             scale=2 * self.t,
             row_bias=-self.t * squared_norms(x),
-            col_bias=-self.t * squared_norms(all_y),
-            rows=[LogSumExp(exclude=Diagonal(batch.start))],
+            col_bias=-self.t * squared_norms(y),
+            rows=[LogSumExp(exclude=Diagonal())],
+            group=exchange,
         )
         if batch.total < 2:
             return of_rows.new_zeros(())

@@ -7,7 +7,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..contrastive.arguments import FEATURE_DTYPES, described
-from ..distributed import Shards, find_group, global_mean
+from ..distributed import Exchange, Shards, find_group, global_mean, node_group
+from ..distributed.exchange import check_exchange
+
+#: Whose columns are a row's negatives: all ranks', those of its node, or those of a group that this process is in.
+Scope = str | dist.ProcessGroup
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -18,7 +22,18 @@ def check_reduction(reduction: str) -> None:
 
 
 class ContrastiveLoss(nn.Module):
-    """Options common to the losses, and the two steps before and after their formula."""
+    """Options common to the losses, and the two steps before and after their formula.
+
+    Args:
+        rank, world_size: this process, and how many there are; above 1 the batch is spread over the default process group.
+        local_loss: return this rank's share L_r, whose mean over ranks is the loss; the gradient is the same.
+        group: process group to use instead of the default one; rank and world_size may then be left out.
+        strategy, wire_dtype, node_size: as in `pairtile.kernels.distributed.Exchange`.
+        reduction: "mean", "sum" (both over the whole batch), or "none": the terms of this rank's owners.
+        scope: "global"; "node": the loss of each node's own batch, of `node_size` ranks, or LOCAL_WORLD_SIZE if that is
+            None; or a process group. The mean over all ranks is then the mean of the groups' losses, each weighted by its
+            ranks.
+    """
 
     def __init__(
         self,
@@ -29,11 +44,15 @@ class ContrastiveLoss(nn.Module):
         group: dist.ProcessGroup | None = None,
         strategy: str = "gather",
         reduction: str = "mean",
+        scope: Scope = "global",
+        wire_dtype: torch.dtype | None = None,
+        node_size: int | None = None,
     ) -> None:
         super().__init__()
         check_reduction(reduction)
-        if strategy != "gather":
-            raise ValueError(f'strategy={strategy!r}: this version has strategy="gather" only')
+        check_exchange(strategy, wire_dtype, node_size)
+        if scope not in ("global", "node") and not isinstance(scope, dist.ProcessGroup):
+            raise ValueError(f'scope={scope!r}: expected "global", "node" or a process group')
         if world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"rank={rank}, world_size={world_size}: expected 0 <= rank < world_size")
         self.rank = rank
@@ -42,10 +61,25 @@ class ContrastiveLoss(nn.Module):
         self.group = group
         self.strategy = strategy
         self.reduction = reduction
+        self.scope = scope
+        self.wire_dtype = wire_dtype
+        self.node_size = node_size
 
     def _group(self) -> dist.ProcessGroup | None:
         """The group that this call runs over; None for one process."""
-        return find_group(self.group, self.world_size, self.rank)
+        whole = find_group(self.group, self.world_size, self.rank)
+        if whole is None or self.scope == "global":
+            return whole
+        group = node_group(self.node_size) if self.scope == "node" else self.scope
+        assert isinstance(group, dist.ProcessGroup)
+        return find_group(group, 1, 0)
+
+    def _exchange(self) -> Exchange | None:
+        """The same, with how its ranks share their features."""
+        group = self._group()
+        # What is inside a node has no second level.
+        node_size = self.node_size if self.scope == "global" else None
+        return None if group is None else Exchange(group, self.strategy, self.wire_dtype, node_size)
 
     def _weights(self, shards: Shards) -> tuple[float, float]:
         """What the operator multiplies its sum with, and what its result is multiplied with: `shards.weight` together.

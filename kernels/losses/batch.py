@@ -9,9 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..contrastive import Diagonal, DifferentId, Reduction, SameId, Teacher, similarity_reduce
+from ..backends import select_backend
+from ..contrastive import Diagonal, DifferentId, Reduction, SameId, Teacher
 from ..contrastive.arguments import factor
-from ..distributed import Shards, gather, gather_ids
+from ..contrastive.operator import reduced
+from ..contrastive.sharded import NO_EXTRA, Extra
+from ..distributed import Exchange, Shards, gather, gather_counts, gather_ids
 from .positives import row_scores
 
 
@@ -21,6 +24,7 @@ class View:
 
     On one rank a single view serves both directions. On several the rows of this rank meet all columns in one view, all
     rows meet the columns of this rank in another; each direction is asked for in the view where its owners are this rank's.
+    In a ring one view serves both again: it holds this rank's part of everything, and rules name positions in the whole.
 
     Attributes:
         x, y: features [N, D] and [M, D].
@@ -72,9 +76,12 @@ class Side:
     ids: Tensor | None = None
     taught: Sequence[Tensor] = ()
 
-    def gathered(self, group: dist.ProcessGroup | None) -> tuple[Shards, Side]:
+    def gathered(self, exchange: Exchange) -> tuple[Shards, Side]:
         """The whole batch's, with the exact gradient of the features."""
-        shards, (features, *taught) = gather(self.features, *(each.detach() for each in self.taught), group=group)
+        taught = [each.detach() for each in self.taught]
+        shards, (features, *taught) = gather(
+            self.features, *taught, group=exchange.group, wire_dtype=exchange.wire_dtype
+        )
         return shards, Side(features, None if self.ids is None else gather_ids(self.ids, shards), taught)
 
     def with_extra(self, extra: Side | None) -> Side:
@@ -99,7 +106,7 @@ class PairBatch:
 
     Args:
         x, y: the two modalities, aligned by position; or, for a loss that finds its pairs by id alone, of any lengths.
-        group: as `ContrastiveLoss._group()` gives it; None for one rank.
+        exchange: as `ContrastiveLoss._exchange()` gives it; None for one rank.
         teacher_scales: of each teacher, a float or a tensor of shape [] or [1].
         x_extra, y_extra: candidates without a partner, of which each rank passes its own: more rows in the reductions
             of columns, more columns in those of rows.
@@ -107,7 +114,7 @@ class PairBatch:
 
     x: Side
     y: Side
-    group: dist.ProcessGroup | None = None
+    exchange: Exchange | None = None
     teacher_scales: Sequence[float | Tensor] = ()
     x_extra: Side | None = None
     y_extra: Side | None = None
@@ -118,22 +125,44 @@ class PairBatch:
         self._whole: tuple[Side, Side] | None = None
         self.shards = Shards((self.x.features.shape[0],))
         self.y_shards = Shards((self.y.features.shape[0],))
-        if self.group is not None:
-            self._gather_both()
+        if self.rings:
+            device = self.x.features.device
+            self.shards, self.y_shards = (
+                gather_counts(len(side.features), device=device, group=self.group) for side in (self.x, self.y)
+            )
+        elif self.exchange is not None:
+            self._gather_both(self.exchange)
+            # In one order on every rank, whatever is asked for later.
+            for name in ("x_extra", "y_extra"):
+                extra = getattr(self, name)
+                if extra is not None:
+                    setattr(self, name, extra.gathered(self.exchange)[1])
 
-    def _gather_both(self) -> None:
-        # In one order on every rank, whatever is asked for later.
-        self.shards, x = self.x.gathered(self.group)
-        self.y_shards, y = self.y.gathered(self.group)
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return None if self.exchange is None else self.exchange.group
+
+    @property
+    def rings(self) -> bool:
+        """Whether shards travel in a ring."""
+        # The reference has no ring of its own.
+        return (
+            self.exchange is not None
+            and self.exchange.strategy == "ring"
+            and select_backend(self.x.features.device)[0] != "reference"
+        )
+
+    def _gather_both(self, exchange: Exchange) -> tuple[Side, Side]:
+        self.shards, x = self.x.gathered(exchange)
+        self.y_shards, y = self.y.gathered(exchange)
         self._whole = x, y
-        for name in ("x_extra", "y_extra"):
-            extra = getattr(self, name)
-            if extra is not None:
-                setattr(self, name, extra.gathered(self.group)[1])
+        return self._whole
 
     @property
     def whole(self) -> tuple[Side, Side]:
-        """x and y of all ranks, with the exact gradient; without the extra candidates."""
+        """x and y of all ranks, with the exact gradient; without the extra candidates. A ring gathers them for this alone."""
+        if self._whole is None and self.exchange is not None:
+            return self._gather_both(self.exchange)
         return self._whole or (self.x, self.y)
 
     def reduce(
@@ -161,6 +190,8 @@ class PairBatch:
         """
         n = self.x.features.shape[0]
         given: dict[str, object] = {"scale": scale, "bias": bias, "memory_budget": memory_budget, **biases}
+        if self.rings:
+            return self._reduce_in_ring(rows, cols, given, biases_of)
         if self._whole is None and (self.x_extra is None or self.y_extra is None or rows is None or cols is None):
             # In one sweep. A direction that is not asked for needs no candidates either.
             x = self.x.with_extra(self.x_extra if cols is not None else None)
@@ -178,6 +209,14 @@ class PairBatch:
             view = self._view(all_x.with_extra(self.x_extra), self.y, start, Diagonal(-start))
             _, of_cols = _reduced(view, None, cols, given, biases_of)
         return of_rows, of_cols
+
+    def _reduce_in_ring(
+        self, rows: Ask | None, cols: Ask | None, given: dict[str, object], biases_of: Biases | None
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        x_extra, y_extra = self.x_extra if cols is not None else None, self.y_extra if rows is not None else None
+        view = self._view(self.x.with_extra(x_extra), self.y.with_extra(y_extra), self.shards.start, Diagonal())
+        extra = Extra(*(0 if each is None else len(each.features) for each in (x_extra, y_extra)))
+        return _reduced(view, rows, cols, given, biases_of, self.exchange, extra)
 
     def teacher_scores(self) -> list[Tensor]:
         """T_ii of this rank's pairs by each teacher, [n], as exact as `PairScore`; no gradient."""
@@ -199,12 +238,18 @@ class PairBatch:
 
 
 def _reduced(
-    view: View, rows: Ask | None, cols: Ask | None, given: dict[str, object], biases_of: Biases | None
+    view: View,
+    rows: Ask | None,
+    cols: Ask | None,
+    given: dict[str, object],
+    biases_of: Biases | None,
+    exchange: Exchange | None = None,
+    extra: Extra = NO_EXTRA,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     if biases_of is not None:
         given = given | dict(zip(("row_bias", "col_bias"), biases_of(view), strict=True))
     asked = {name: ask(view) for name, ask in (("rows", rows), ("cols", cols)) if ask is not None}
-    return similarity_reduce(view.x, view.y, **given, **asked)  # type: ignore[arg-type]
+    return reduced(exchange, extra, view.x, view.y, **given, **asked)  # type: ignore[arg-type]
 
 
 def _first(results: tuple[Tensor, ...], owners: int) -> tuple[Tensor, ...]:

@@ -89,7 +89,7 @@ class CACRLoss(TwoDirectionLoss):
         else:
             image_ids, text_ids = paired_ids(image_features, text_features, image_ids, text_ids)
             ask, attraction = self._ask_by_id, []
-        batch = PairBatch(Side(image_features, image_ids), Side(text_features, text_ids), self._group())
+        batch = PairBatch(Side(image_features, image_ids), Side(text_features, text_ids), self._exchange())
         # S_ij = |x_i|^2 + |y_j|^2 - 2 <x_i, y_j>
         reduced = self._reduced(batch, ask, scale=-2.0, biases_of=_norms)
 

@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..contrastive import Diagonal
+from ..contrastive import Diagonal, LogSumExp, PairScore, Reduction
 from ..contrastive.sums import cross_entropies, cross_entropy_sum
-from ..distributed import Shards, gather
-from .base import ContrastiveLoss, check_matrix, check_pairs, check_scalar
+from ..distributed import Exchange, Shards, gather, gather_counts
+from .base import ContrastiveLoss, Scope, check_matrix, check_pairs, check_scalar
+from .batch import PairBatch, Side, View
+from .log_domain import cross_entropy
 
 
 class ClipLoss(ContrastiveLoss):
@@ -40,7 +42,8 @@ class ClipLoss(ContrastiveLoss):
         world_size: above 1 the batch is spread over the default process group.
         use_horovod: refused when world_size > 1; the exchange is torch.distributed's.
         group: process group to use instead of the default one; rank and world_size may then be left out.
-        strategy: "gather": every rank holds all features during the loss.
+        strategy: "gather": every rank holds all features during the loss; "ring": its own and two passing shards.
+        scope, wire_dtype, node_size: as in `ContrastiveLoss`.
         reduction: "mean", "sum" (both over the whole batch), or "none": the terms of this rank's pairs.
         label_smoothing: eps, as in `F.cross_entropy(label_smoothing=eps)`, to which it is equal: each
             cross-entropy gains eps (S_ii - mean_j S_ij), the mean over all its columns. Costs O(batch), no sweep.
@@ -64,9 +67,20 @@ class ClipLoss(ContrastiveLoss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         direction_weights: tuple[float, float] = (0.5, 0.5),
+        scope: Scope = "global",
+        wire_dtype: torch.dtype | None = None,
+        node_size: int | None = None,
     ) -> None:
         super().__init__(
-            rank=rank, world_size=world_size, local_loss=local_loss, group=group, strategy=strategy, reduction=reduction
+            rank=rank,
+            world_size=world_size,
+            local_loss=local_loss,
+            group=group,
+            strategy=strategy,
+            reduction=reduction,
+            scope=scope,
+            wire_dtype=wire_dtype,
+            node_size=node_size,
         )
         if use_horovod and world_size > 1:
             raise ValueError("use_horovod=True: the exchange is torch.distributed's; initialise that instead")
@@ -129,10 +143,15 @@ class ClipLoss(ContrastiveLoss):
     ) -> Tensor:
         check_scalar("logit_scale", scale)
         check_scalar("logit_bias", bias)
+        exchange = self._exchange()
+        if exchange is not None and exchange.strategy == "ring":
+            return self._in_ring(exchange, images, texts, scale, bias, negative_texts, negative_images)
         image_to_text, text_to_image = self.direction_weights
         of_images = (texts, negative_texts) if image_to_text else (None, None)
         of_texts = (images, negative_images) if text_to_image else (None, None)
-        batch, (y, y_negative, x, x_negative) = gather(*of_images, *of_texts, group=self._group())
+        batch, (y, y_negative, x, x_negative) = gather(
+            *of_images, *of_texts, group=None if exchange is None else exchange.group, wire_dtype=self.wire_dtype
+        )
         if x is not None and y is not None and batch.group is None and (x_negative is None or y_negative is None):
             # Both directions in one sweep. What is negative belongs to no pair, so that its own term is 0.
             sweeps = [_Sweep(_joined(x, x_negative), _joined(y, y_negative), image_to_text, text_to_image)]
@@ -141,10 +160,39 @@ class ClipLoss(ContrastiveLoss):
             sweeps += [_Sweep(texts, _joined(x, x_negative), text_to_image)] if x is not None else []
         shares = [self._share(sweep, scale, batch) for sweep in sweeps]
         total = shares[0] if len(shares) == 1 else shares[0] + shares[1]
-        if isinstance(bias, Tensor) and bias.requires_grad:
-            # Exactly 0, yet part of the graph: DDP waits for a gradient of every parameter.
-            total = total + 0 * bias.reshape(()).to(total.dtype)
-        return self._finish(total, batch)
+        return self._finish(_with_bias(total, bias), batch)
+
+    def _in_ring(
+        self,
+        exchange: Exchange,
+        images: Tensor,
+        texts: Tensor,
+        scale: float | Tensor,
+        bias: float | Tensor | None,
+        negative_texts: Tensor | None,
+        negative_images: Tensor | None,
+    ) -> Tensor:
+        extra = [None if each is None else Side(each) for each in (negative_images, negative_texts)]
+        batch = PairBatch(Side(images), Side(texts), exchange, (), *extra)
+        rows, cols = (others_and_own if weight else None for weight in self.direction_weights)
+        reduced = batch.reduce(scale=scale, rows=rows, cols=cols)
+        directions = zip(self.direction_weights, reduced, strict=True)
+        terms = torch.stack([weight * cross_entropy(*results) for weight, results in directions if weight]).sum(0)
+        if self.label_smoothing:
+            terms = terms + self.label_smoothing * self._smoothing(batch, negative_texts, negative_images, scale)
+        return self._finish(_with_bias(terms, bias), batch.shards)
+
+    def _smoothing(
+        self, batch: PairBatch, negative_texts: Tensor | None, negative_images: Tensor | None, scale: float | Tensor
+    ) -> Tensor:
+        """[n]: S_ii - mean_j S_ij of this rank's rows, and the same of its columns, weighted."""
+        x, y = batch.x.features, batch.y.features
+        dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        means = _mean_of_all(y, negative_texts, batch, dtype), _mean_of_all(x, negative_images, batch, dtype)
+        x, y = x.to(dtype), y.to(dtype)
+        image_to_text, text_to_image = self.direction_weights
+        cosines = image_to_text * (x * (y - means[0])).sum(-1) + text_to_image * (y * (x - means[1])).sum(-1)
+        return cosines * (scale.reshape(()) if isinstance(scale, Tensor) else scale)
 
     def _share(self, sweep: _Sweep, scale: float | Tensor, batch: Shards) -> Tensor:
         """This rank's terms, [n]; or their sum, with the batch's weight, where the reduction is one."""
@@ -183,6 +231,26 @@ class _Sweep(NamedTuple):
         if self.col_weight:
             cosines = cosines + self.col_weight * (partner * (own - x.mean(0))).sum(-1)
         return cosines * (scale.reshape(()) if isinstance(scale, Tensor) else scale)
+
+
+def others_and_own(view: View) -> tuple[Reduction, ...]:
+    """What the cross-entropy of an owner is made of."""
+    return LogSumExp(exclude=view.own), PairScore(view.own)
+
+
+def _mean_of_all(features: Tensor, negatives: Tensor | None, batch: PairBatch, dtype: torch.dtype) -> Tensor:
+    """[D]: the mean of all ranks' rows of both."""
+    joined = _joined(features, negatives).to(dtype)
+    total = gather_counts(len(joined), device=joined.device, group=batch.group).total
+    _, (sums,) = gather(joined.sum(0, keepdim=True), group=batch.group)
+    return sums.sum(0) / max(1, total)
+
+
+def _with_bias(total: Tensor, bias: float | Tensor | None) -> Tensor:
+    if isinstance(bias, Tensor) and bias.requires_grad:
+        # Exactly 0, yet part of the graph: DDP waits for a gradient of every parameter.
+        return total + 0 * bias.reshape(()).to(total.dtype)
+    return total
 
 
 def _joined(features: Tensor, negatives: Tensor | None) -> Tensor:

@@ -72,7 +72,7 @@ class CWCLLoss(TwoDirectionLoss):
                 f"locked_features has shape {list(locked.shape)}: expected [{image_features.shape[0]}, any], one "
                 "vector for each image"
             )
-        batch = PairBatch(Side(image_features), Side(text_features), self._group())
+        batch = PairBatch(Side(image_features), Side(text_features), self._exchange())
         _, (all_locked,) = gather(locked.detach(), group=batch.group)
         weighted, one_hot = self.direction_weights
         of_images, of_texts = batch.reduce(

@@ -72,7 +72,7 @@ class DebiasedContrastiveLoss(TwoDirectionLoss):
         """
         check_pairs(image_features, text_features)
         check_scalar("logit_scale", logit_scale)
-        batch = PairBatch(Side(image_features), Side(text_features), group=self._group())
+        batch = PairBatch(Side(image_features), Side(text_features), exchange=self._exchange())
         rows, cols = (self._ask if weight else None for weight in self.direction_weights)
         of_images, of_texts = batch.reduce(scale=logit_scale, rows=rows, cols=cols)
         negatives = batch.shards.total - 1

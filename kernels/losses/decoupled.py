@@ -81,7 +81,7 @@ class DecoupledContrastiveLoss(TwoDirectionLoss):
         """
         check_pairs(image_features, text_features)
         check_scalar("logit_scale", logit_scale)
-        batch = PairBatch(Side(image_features), Side(text_features), group=self._group())
+        batch = PairBatch(Side(image_features), Side(text_features), exchange=self._exchange())
         rows, cols = (_ask if weight else None for weight in self.direction_weights)
         of_images, of_texts = batch.reduce(scale=logit_scale, rows=rows, cols=cols)
         weights = self._positive_weights(batch) if self.weighted else 1.0
@@ -123,7 +123,13 @@ def _ask(view: View) -> tuple[Reduction, ...]:
 
 def _others_within(batch: PairBatch, side: int, scale: float | Tensor) -> Tensor:
     """log-sum-exp of each of this rank's x (side 0) or y (side 1) over the others of its own modality, all ranks'."""
-    mine, everyone = (batch.x, batch.y)[side].features, batch.whole[side].features
+    mine = (batch.x, batch.y)[side].features
+    if batch.rings:
+        (others,), _ = similarity_reduce(
+            mine, mine, scale=scale, rows=[LogSumExp(exclude=Diagonal())], group=batch.exchange
+        )
+        return others
+    everyone = batch.whole[side].features
     own = Diagonal(batch.shards.start)
     (others,), _ = similarity_reduce(mine, everyone, scale=scale, rows=[LogSumExp(exclude=own)])
     return others

@@ -95,7 +95,7 @@ class DistillClipLoss(ClipLoss):
         check_pairs(image_features, text_features)
         check_scalar("logit_scale", logit_scale)
         teachers = _listed(dist_image_features, dist_text_features, dist_logit_scale)
-        batch = taught_batch(image_features, text_features, *teachers, self._group())
+        batch = taught_batch(image_features, text_features, *teachers, self._exchange())
         rows, cols = (soft_targets if weight else None for weight in self.direction_weights)
         reduced = batch.reduce(scale=logit_scale, rows=rows, cols=cols)
         teacher_own = batch.teacher_scores()

@@ -87,7 +87,7 @@ class HardNegativeLoss(TwoDirectionLoss):
         batch = PairBatch(
             Side(image_features),
             Side(text_features),
-            group=self._group(),
+            exchange=self._exchange(),
             x_extra=_extra("negative_image_features", negative_image_features, image_features),
             y_extra=_extra("negative_text_features", negative_text_features, image_features),
         )

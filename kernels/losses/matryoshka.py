@@ -11,9 +11,12 @@ from torch import Tensor
 from ..contrastive import Diagonal
 from ..contrastive.nested import nested_cross_entropy_sum, prefix
 from ..contrastive.sums import cross_entropies
-from ..distributed import Shards, gather
+from ..distributed import Exchange, Shards, gather
 from .base import check_pairs, check_scalar
+from .batch import PairBatch, Side
+from .clip import others_and_own
 from .directions import TwoDirectionLoss
+from .log_domain import cross_entropy
 
 
 class MatryoshkaLoss(TwoDirectionLoss):
@@ -83,7 +86,13 @@ class MatryoshkaLoss(TwoDirectionLoss):
         check_scalar("logit_scale", logit_scale)
         if max(self.widths) > image_features.shape[1]:
             raise ValueError(f"widths={self.widths}: the features have {image_features.shape[1]}")
-        batch, (all_images, all_texts) = gather(image_features, text_features, group=self._group())
+        exchange = self._exchange()
+        if exchange is not None and exchange.strategy == "ring":
+            loss = self._in_ring(exchange, image_features, text_features, logit_scale)
+            return {"contrastive_loss": loss} if output_dict else loss
+        batch, (all_images, all_texts) = gather(
+            image_features, text_features, group=self._group(), wire_dtype=self.wire_dtype
+        )
         image_to_text, text_to_image = self.direction_weights
         if batch.group is None:
             sweeps = [(image_features, text_features, image_to_text, text_to_image)]
@@ -92,6 +101,16 @@ class MatryoshkaLoss(TwoDirectionLoss):
         shares = [self._share(*sweep, logit_scale, batch) for sweep in sweeps if sweep[2] or sweep[3]]
         loss = self._finish(shares[0] if len(shares) == 1 else shares[0] + shares[1], batch)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _in_ring(self, exchange: Exchange, images: Tensor, texts: Tensor, scale: float | Tensor) -> Tensor:
+        rows, cols = (others_and_own if weight else None for weight in self.direction_weights)
+        terms: list[Tensor] = []
+        for width, weight in zip(self.widths, self.weights, strict=True):
+            x, y = prefix(images, width, self.normalize), prefix(texts, width, self.normalize)
+            batch = PairBatch(Side(x), Side(y), exchange)
+            directions = zip(self.direction_weights, batch.reduce(scale=scale, rows=rows, cols=cols), strict=True)
+            terms += [weight * direction * cross_entropy(*results) for direction, results in directions if direction]
+        return self._finish(torch.stack(terms).sum(0), batch.shards)
 
     def _share(
         self, x: Tensor, y: Tensor, row_weight: float, col_weight: float, scale: float | Tensor, batch: Shards

@@ -80,7 +80,7 @@ class ModXLoss(TwoDirectionLoss):
         check_scalar("logit_scale", logit_scale)
         old_scale = logit_scale if old_logit_scale is None else old_logit_scale
         old = [old_image_features], [old_text_features], [old_scale]
-        batch = taught_batch(image_features, text_features, *old, self._group())
+        batch = taught_batch(image_features, text_features, *old, self._exchange())
         reduced = self._reduced(batch, _asked, scale=logit_scale)
         teacher_own = batch.teacher_scores()
         start, stop = batch.shards.start, batch.shards.start + image_features.shape[0]

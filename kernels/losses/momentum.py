@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..contrastive import Diagonal, Teacher, similarity_reduce
 from ..contrastive.arguments import factor
 from ..contrastive.row_blocks import row_terms
-from ..distributed import gather
+from ..distributed import Exchange, gather
 from .base import check_matrix, check_pairs, check_scalar
-from .batch import View
+from .batch import PairBatch, Side, View
 from .positives import row_scores
 from .soft_target import SoftTargetLoss, soft_cross_entropy, soft_targets
 
@@ -95,7 +96,17 @@ class MomentumDistillationLoss(SoftTargetLoss):
             if queue is not None:
                 check_matrix(name, queue, width=image_features.shape[1])
         image_keys, text_keys = (features.detach() for features in momentum.values())
-        batch, (all_image_keys, all_text_keys) = gather(image_keys, text_keys, group=self._group())
+        exchange = self._exchange()
+        if exchange is not None and exchange.strategy == "ring":
+            keys = (
+                (image_features, image_keys, text_keys, text_queue),
+                (text_features, text_keys, image_keys, image_queue),
+            )
+            loss = self._in_ring(exchange, keys, logit_scale)
+            return {"contrastive_loss": loss} if output_dict else loss
+        batch, (all_image_keys, all_text_keys) = gather(
+            image_keys, text_keys, group=self._group(), wire_dtype=self.wire_dtype
+        )
         dtype = torch.promote_types(torch.promote_types(image_keys.dtype, text_keys.dtype), torch.float32)
         with torch.no_grad():
             teacher_own = row_scores(
@@ -124,3 +135,26 @@ class MomentumDistillationLoss(SoftTargetLoss):
         ]
         loss = self._finish(torch.stack(terms).sum(0), batch)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _in_ring(
+        self,
+        exchange: Exchange,
+        directions: tuple[tuple[Tensor, Tensor, Tensor, Tensor | None], ...],
+        scale: float | Tensor,
+    ) -> Tensor:
+        """Of (queries, their keys, the other modality's keys, its queue) of each direction."""
+        terms: list[Tensor] = []
+        for weight, (queries, query_keys, keys, queue) in zip(self.direction_weights, directions, strict=True):
+            if not weight:
+                continue
+            extra = None
+            if queue is not None:
+                # All ranks have the same queue: each lends its share.
+                share = queue.detach().tensor_split(dist.get_world_size(exchange.group))[dist.get_rank(exchange.group)]
+                extra = Side(share, taught=[share])
+            sides = Side(queries, taught=[query_keys]), Side(keys, taught=[keys])
+            batch = PairBatch(*sides, exchange, [scale], y_extra=extra)
+            results, _ = batch.reduce(scale=scale, rows=soft_targets)
+            one_hot, gap = soft_cross_entropy(results, batch.teacher_scores())
+            terms.append(weight * (one_hot + self.alpha * gap))
+        return self._finish(torch.stack(terms).sum(0), batch.shards)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..contrastive import LogSumExp, Paced, Reduction, SoftplusSum, TopK
 from ..contrastive.arguments import factor
-from ..distributed import gather
+from ..distributed import Exchange, gather
+from ..distributed.shards import all_numbers
 from .base import check_scalar
 from .batch import Ask, PairBatch, Side, View
 from .directions import TwoDirectionLoss
@@ -103,7 +103,7 @@ class MultiPositiveLoss(TwoDirectionLoss):
             ValueError, TypeError: shapes or dtypes that do not fit, or no ids.
         """
         check_scalar("logit_scale", logit_scale)
-        batch = _batch_by_id(image_features, text_features, image_ids, text_ids, self._group())
+        batch = _batch_by_id(image_features, text_features, image_ids, text_ids, self._exchange())
         positives = [
             _Positives.of(batch, side, logit_scale, counted=self.denominator == "others_excluded") if weight else None
             for side, weight in enumerate(self.direction_weights)
@@ -203,7 +203,7 @@ class CircleLoss(TwoDirectionLoss):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss of a batch; arguments, results and errors as in `MultiPositiveLoss`, features unit vectors."""
-        batch = _batch_by_id(image_features, text_features, image_ids, text_ids, self._group())
+        batch = _batch_by_id(image_features, text_features, image_ids, text_ids, self._exchange())
         rows, cols = (self._ask if weight else None for weight in self.direction_weights)
         found = batch.reduce(scale=1.0, rows=rows, cols=cols)
         terms = [softplus(results[0] + results[1]) if results else None for results in found]
@@ -226,7 +226,7 @@ class _Positives:
         by_id: the owners' positives among all candidates.
         counts: int64 [n].
         total: [n], the sum of their scores, 0 where there is none.
-        most: the most that an owner has, or more than that.
+        most: the most that an owner of any rank has, or more than that.
     """
 
     by_id: ById
@@ -248,7 +248,11 @@ class _Positives:
         counts = by_id.counts()
         # A traced graph cannot depend on a count. More than are kept is right for all.
         counted = counted and not torch.compiler.is_compiling()
-        return cls(by_id, counts, total, (int(counts.max()) if len(counts) else 0) if counted else _MOST_KEPT + 1)
+        most = (int(counts.max()) if len(counts) else 0) if counted else _MOST_KEPT + 1
+        if counted and batch.group is not None:
+            # What is asked for depends on it, and every rank has to ask for the same.
+            most = max(row[0] for row in all_numbers([most], batch.group, mine.device))
+        return cls(by_id, counts, total, most)
 
     @property
     def divisor(self) -> Tensor:
@@ -256,10 +260,10 @@ class _Positives:
 
 
 def _batch_by_id(
-    images: Tensor, texts: Tensor, image_ids: Tensor | None, text_ids: Tensor | None, group: dist.ProcessGroup | None
+    images: Tensor, texts: Tensor, image_ids: Tensor | None, text_ids: Tensor | None, exchange: Exchange | None
 ) -> PairBatch:
     of_images, of_texts = paired_ids(images, texts, image_ids, text_ids)
-    return PairBatch(Side(images, of_images), Side(texts, of_texts), group=group)
+    return PairBatch(Side(images, of_images), Side(texts, of_texts), exchange)
 
 
 def _ask_of_negatives(view: View) -> list[Reduction]:

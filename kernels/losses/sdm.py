@@ -80,11 +80,11 @@ class SDMLoss(TwoDirectionLoss):
         check_scalar("logit_scale", logit_scale)
         if image_ids is None and text_ids is None:
             check_pairs(image_features, text_features)
-            batch = PairBatch(Side(image_features), Side(text_features), self._group())
+            batch = PairBatch(Side(image_features), Side(text_features), self._exchange())
             ask, counts = _by_position, None
         else:
             image_ids, text_ids = paired_ids(image_features, text_features, image_ids, text_ids)
-            batch = PairBatch(Side(image_features, image_ids), Side(text_features, text_ids), self._group())
+            batch = PairBatch(Side(image_features, image_ids), Side(text_features, text_ids), self._exchange())
             ask, counts = _by_id, _counts(batch)
         reduced = self._reduced(batch, ask, scale=logit_scale)
         of_images, of_texts = (

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..contrastive import Diagonal, SoftplusSum, similarity_reduce
+from ..contrastive import Diagonal, Reduction, SoftplusSum, similarity_reduce
 from ..contrastive.sums import sigmoid_sum
 from ..distributed import gather
-from .base import ContrastiveLoss, check_pairs, check_scalar
+from .base import ContrastiveLoss, Scope, check_pairs, check_scalar
+from .batch import PairBatch, Side, View
 
 _OPEN_CLIP_EXCHANGES = (None, "bidir", "shift", "reduce", "gather")
 
@@ -30,7 +32,8 @@ class SigLipLoss(ContrastiveLoss):
         dist_impl: None, "bidir", "shift", "reduce" or "gather": accepted and without effect, since all of them
             are the same function; `strategy` chooses the exchange.
         group: process group to use instead of the default one; rank and world_size may then be left out.
-        strategy: "gather": every rank holds all text features during the loss.
+        strategy: "gather": every rank holds all text features during the loss; "ring": its own and two passing shards.
+        scope, wire_dtype, node_size: as in `ContrastiveLoss`.
         reduction: "mean", "sum" (both over the whole batch), or "none": the terms of this rank's images.
         local_loss: return this rank's share L_r, whose mean over ranks is the loss.
 
@@ -49,9 +52,20 @@ class SigLipLoss(ContrastiveLoss):
         strategy: str = "gather",
         reduction: str = "mean",
         local_loss: bool = False,
+        scope: Scope = "global",
+        wire_dtype: torch.dtype | None = None,
+        node_size: int | None = None,
     ) -> None:
         super().__init__(
-            rank=rank, world_size=world_size, local_loss=local_loss, group=group, strategy=strategy, reduction=reduction
+            rank=rank,
+            world_size=world_size,
+            local_loss=local_loss,
+            group=group,
+            strategy=strategy,
+            reduction=reduction,
+            scope=scope,
+            wire_dtype=wire_dtype,
+            node_size=node_size,
         )
         if dist_impl not in _OPEN_CLIP_EXCHANGES:
             known = ", ".join(repr(name) for name in _OPEN_CLIP_EXCHANGES)
@@ -85,8 +99,14 @@ class SigLipLoss(ContrastiveLoss):
         check_pairs(image_features, text_features)
         check_scalar("logit_scale", logit_scale)
         check_scalar("logit_bias", logit_bias)
-        batch, (all_texts,) = gather(text_features, group=self._group())
         bias = 0.0 if logit_bias is None else logit_bias
+        exchange = self._exchange()
+        if exchange is not None and exchange.strategy == "ring":
+            pairs = PairBatch(Side(image_features), Side(text_features), exchange)
+            (terms,), _ = pairs.reduce(scale=logit_scale, bias=bias, rows=_sigmoids)
+            loss = self._finish(terms, pairs.shards)
+            return {"contrastive_loss": loss} if output_dict else loss
+        batch, (all_texts,) = gather(text_features, group=self._group(), wire_dtype=self.wire_dtype)
         positive = Diagonal(batch.start)
         if self.reduction == "none":
             asked = (SoftplusSum(positive=positive),)
@@ -99,3 +119,7 @@ class SigLipLoss(ContrastiveLoss):
             terms = terms if outside == 1 else terms * outside
         loss = self._finish(terms, batch)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _sigmoids(view: View) -> tuple[Reduction, ...]:
+    return (SoftplusSum(positive=view.own),)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..contrastive import SameId, SoftplusSum, similarity_reduce
+from ..contrastive import Reduction, SameId, SoftplusSum, similarity_reduce
 from ..distributed import gather, gather_counts, gather_ids
 from .base import check_scalar
+from .batch import PairBatch, Side, View
 from .positives import paired_ids
 from .siglip import SigLipLoss
 
@@ -61,15 +62,25 @@ class SigLipPlusLoss(SigLipLoss):
         check_scalar("logit_scale", logit_scale)
         check_scalar("logit_bias", logit_bias)
         of_images, of_texts = paired_ids(image_features, text_features, image_ids, text_ids)
-        group = self._group()
+        bias = 0.0 if logit_bias is None else logit_bias
+        exchange, group = self._exchange(), self._group()
+        if exchange is not None and exchange.strategy == "ring":
+            batch = PairBatch(Side(image_features, of_images), Side(text_features, of_texts), exchange)
+            (terms,), _ = batch.reduce(scale=logit_scale, bias=bias, rows=_sigmoids_by_id)
+            loss = self._finish(terms, batch.shards)
+            return {"contrastive_loss": loss} if output_dict else loss
         images = gather_counts(len(of_images), device=image_features.device, group=group)
-        texts, (all_texts,) = gather(text_features, group=group)
+        texts, (all_texts,) = gather(text_features, group=group, wire_dtype=self.wire_dtype)
         (terms,), _ = similarity_reduce(
             image_features,
             all_texts,
             scale=logit_scale,
-            bias=0.0 if logit_bias is None else logit_bias,
+            bias=bias,
             rows=[SoftplusSum(positive=SameId(of_images, gather_ids(of_texts, texts)))],
         )
         loss = self._finish(terms, images)
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _sigmoids_by_id(view: View) -> tuple[Reduction, ...]:
+    return (SoftplusSum(positive=view.same),)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contrastive import LogSumExp, PairScore, Reduction, SoftmaxMean
+from ..distributed import Exchange
 from .base import check_matrix, check_pairs, check_scalar
 from .batch import PairBatch, Side, View
 from .directions import TwoDirectionLoss
@@ -84,7 +85,7 @@ class SoftTargetLoss(TwoDirectionLoss):
             [teacher_image_features],
             [teacher_text_features],
             [teacher_scale],
-            self._group(),
+            self._exchange(),
         )
         teacher_own = batch.teacher_scores()
 
@@ -130,7 +131,7 @@ def taught_batch(
     teacher_images: Sequence[Tensor],
     teacher_texts: Sequence[Tensor],
     teacher_scales: Sequence[float | Tensor],
-    group: torch.distributed.ProcessGroup | None,
+    exchange: Exchange | None,
 ) -> PairBatch:
     """The pairs with their teachers', checked.
 
@@ -148,7 +149,7 @@ def taught_batch(
                 f"[{n}, width] both, one embedding of each image and text of the batch"
             )
     x_side, y_side = Side(images, taught=teacher_images), Side(texts, taught=teacher_texts)
-    return PairBatch(x_side, y_side, group, teacher_scales)
+    return PairBatch(x_side, y_side, exchange, teacher_scales)
 
 
 def soft_targets(view: View) -> list[Reduction]:

@@ -108,7 +108,7 @@ class TripletLoss(TwoDirectionLoss):
         if peer_image_features is not None and peer_text_features is not None:
             x = torch.cat([x, -peer_image_features.detach().to(x.dtype)], 1)
             y = torch.cat([y, peer_text_features.detach().to(y.dtype)], 1)
-        batch = PairBatch(Side(x), Side(y), group=self._group())
+        batch = PairBatch(Side(x), Side(y), exchange=self._exchange())
         rows, cols = (self._ask if weight else None for weight in self.direction_weights)
         of_images, of_texts = batch.reduce(scale=logit_scale, rows=rows, cols=cols)
         absolute = has_peer and self.peer_form == "absolute"

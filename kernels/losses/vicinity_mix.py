@@ -75,7 +75,7 @@ class VicinityMixLoss(TwoDirectionLoss):
         # S_i,perm(i), of pairs that are all on this rank
         crossed = row_scores(image_features, text_features[perm], factor(logit_scale, "logit_scale", dtype, device))
 
-        batch = PairBatch(Side(image_features), Side(text_features), self._group())
+        batch = PairBatch(Side(image_features), Side(text_features), self._exchange())
         of_rows, of_cols = self._reduced(
             batch, lambda view: [LogSumExp(exclude=view.own), PairScore(view.own)], scale=logit_scale
         )

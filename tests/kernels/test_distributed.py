@@ -60,6 +60,15 @@ def with_captions(sizes: list[int], *, from_hidden: bool, **changes: object) -> 
     return batch(sizes, loss="coca", labels=labels, from_hidden=from_hidden, **changes)
 
 
+def with_ring(cases: list[dict]) -> list[dict]:
+    """Each case by both strategies; of two or four ranks some rings go round inside nodes first."""
+    rings = []
+    for k, case in enumerate(cases):
+        nodes = {"node_size": 2} if len(case["sizes"]) == 4 and k % 2 else {}
+        rings.append(case | {"options": case["options"] | {"strategy": "ring"} | nodes})
+    return cases + rings
+
+
 def in_float32(case: dict) -> dict:
     tensors = {name: value for name, value in case.items() if isinstance(value, torch.Tensor)}
     return case | {"dtype": torch.float32} | {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
@@ -70,7 +79,7 @@ def on_one_process(case: dict) -> dict:
     spec = importlib.util.spec_from_file_location("distributed_worker", WORKER)
     worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(worker)
-    of_ranks = ("local_loss",)
+    of_ranks = ("local_loss", "strategy", "node_size")
     options = {key: value for key, value in case["options"].items() if key not in of_ranks}
     whole = case | {"sizes": [sum(case["sizes"])], "backend": "reference", "options": options, "by_group": False}
     if "text_sizes" in case:
@@ -94,6 +103,7 @@ def test_ranks_together_equal_one_process(world, tmp_path):
                 batch(sizes, loss=loss, options={"reduction": "sum"}),
                 batch(sizes, loss=loss, options={"local_loss": True}),
             ]
+    cases = with_ring(cases)
     assert_ranks_equal_one_process(cases, spawn(cases, world, tmp_path))
 
 
@@ -115,6 +125,7 @@ def test_options_of_the_losses_on_two_ranks(tmp_path):
                 with_captions(sizes, from_hidden=True, options={"reduction": "sum"}, backend=backend),
                 with_captions(sizes, from_hidden=False, options={"local_loss": True}, backend=backend),
             ]
+    cases = with_ring(cases)
     assert_ranks_equal_one_process(cases, spawn(cases, 2, tmp_path))
 
 
@@ -149,7 +160,7 @@ def test_the_cpp_backend_on_two_ranks(cpp, tmp_path):
         with_negatives([7, 2], {"text": [2, 3], "image": [0, 4]}, options=smooth),
         with_captions([7, 2], from_hidden=True),
     ]
-    narrow = [in_float32(case) | {"backend": "cpp"} for case in cases]
+    narrow = [in_float32(case) | {"backend": "cpp"} for case in with_ring(cases)]
     # A few roundings of float32 in sums of size 10; gradients of parameters lie behind two layers more.
     assert_ranks_equal_one_process(cases, spawn(narrow, 2, tmp_path), tolerance=1e-6, of_gradients=5e-6)
 
@@ -221,4 +232,5 @@ def test_losses_over_pairs_and_ids_on_two_ranks(tmp_path):
             with_ids("MultiPositiveLoss", sizes, text_sizes, options={"direction_weights": (0.0, 1.0)} | MIL_NCE),
             with_ids("MultiPositiveLoss", sizes, text_sizes, options={"denominator": "others_excluded"}),
         ]
+    cases = with_ring(cases)
     assert_ranks_equal_one_process(cases, spawn(cases, 2, tmp_path))

@@ -23,10 +23,12 @@ def on_one_process(name: str, sizes: list[int], options: dict) -> dict:
 
 def test_two_ranks_equal_one_process(tmp_path):
     cases = [(name, sizes, {}) for name in OBJECTIVES for sizes in ([4, 3], [0, 6])]
+    cases += [(name, sizes, {"strategy": "ring"}) for name in OBJECTIVES for sizes in ([4, 3], [0, 6])]
     cases += [(name, [2, 5], {"local_loss": True}) for name in ("distill", "alignment_uniformity", "matryoshka")]
     # One of each way in which terms are put together.
     several = ("distill", "momentum", "sdm_by_id", "matryoshka")
     cases += [(name, [3, 4], {"reduction": reduction}) for name in several for reduction in ("sum", "none")]
+    cases += [(name, [3, 4], {"reduction": "none", "strategy": "ring"}) for name in several]
     ranks = on_two_ranks(WORKER, cases, tmp_path)
     for k, (name, sizes, options) in enumerate(cases):
         truth, given = on_one_process(name, sizes, options), [rank[k] for rank in ranks]

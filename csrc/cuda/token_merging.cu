@@ -45,7 +45,11 @@ __global__ void __launch_bounds__(kWarps* kLanes) move_tokens_kernel(const Probl
 
 template <class Slab, class Problem>
 cudaError_t launch(const Problem& problem, cudaStream_t stream) {
-  const dim3 grid(ceil_div(problem.rows(), kWarps), ceil_div(problem.width, Slab::kChannels));
+  if (problem.rows() == 0) {
+    return cudaSuccess;
+  }
+  // Rows without channels still have totals.
+  const dim3 grid(ceil_div(problem.rows(), kWarps), ceil_div(problem.width > 0 ? problem.width : 1, Slab::kChannels));
   move_tokens_kernel<Slab><<<grid, kWarps * kLanes, 0, stream>>>(problem, static_cast<int>(problem.rows()));
   return cudaGetLastError();
 }

@@ -6,7 +6,6 @@ namespace pairtile {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr int kPacketBytes = 16;
 
 template <class State>
 struct CudaWarp {
@@ -43,33 +42,18 @@ __global__ void __launch_bounds__(kWarps* kLanes) move_tokens_kernel(const Probl
   }
 }
 
-template <class Slab, class Problem>
+template <class Problem>
 cudaError_t launch(const Problem& problem, cudaStream_t stream) {
   if (problem.rows() == 0) {
     return cudaSuccess;
   }
-  // Rows without channels still have totals.
-  const dim3 grid(ceil_div(problem.rows(), kWarps), ceil_div(problem.width > 0 ? problem.width : 1, Slab::kChannels));
-  move_tokens_kernel<Slab><<<grid, kWarps * kLanes, 0, stream>>>(problem, static_cast<int>(problem.rows()));
+  with_slab(problem, [&](auto slab) {
+    using Slab = decltype(slab);
+    // Rows without channels still have totals.
+    const dim3 grid(ceil_div(problem.rows(), kWarps), ceil_div(problem.width > 0 ? problem.width : 1, Slab::kChannels));
+    move_tokens_kernel<Slab><<<grid, kWarps * kLanes, 0, stream>>>(problem, static_cast<int>(problem.rows()));
+  });
   return cudaGetLastError();
-}
-
-template <class T>
-bool in_packets(const Tokens<T>& x, const void* out, int width) {
-  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % kPacketBytes == 0; };
-  constexpr int kVector = kPacketBytes / sizeof(T);
-  return aligned(x.data) && aligned(out) && width % kVector == 0 && x.sample_stride % kVector == 0 &&
-         x.token_stride % kVector == 0;
-}
-
-// 512 channels in two or four packets of a lane; 128 where rows allow one number at a time.
-template <class Problem>
-cudaError_t launch_for(const Problem& problem, cudaStream_t stream) {
-  constexpr int kVector = kPacketBytes / sizeof(typename Problem::Element);
-  if (in_packets(problem.x, problem.out, problem.width)) {
-    return launch<Slab<kVector, 512 / kLanes / kVector>>(problem, stream);
-  }
-  return launch<Slab<1, 4>>(problem, stream);
 }
 
 template <class T>
@@ -92,11 +76,11 @@ template <class Problem>
 cudaError_t launch_typed(const Problem& problem, TokenType type, cudaStream_t stream) {
   switch (type) {
     case TokenType::kFloat:
-      return launch_for(typed<float>(problem), stream);
+      return launch(typed<float>(problem), stream);
     case TokenType::kHalf:
-      return launch_for(typed<__half>(problem), stream);
+      return launch(typed<__half>(problem), stream);
     case TokenType::kBFloat16:
-      return launch_for(typed<__nv_bfloat16>(problem), stream);
+      return launch(typed<__nv_bfloat16>(problem), stream);
   }
   return cudaErrorInvalidValue;
 }

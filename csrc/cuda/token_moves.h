@@ -10,6 +10,8 @@
 namespace pairtile {
 
 constexpr int kLanes = 32;
+// What a lane reads or writes at once, where rows allow it.
+constexpr int kPacketBytes = 16;
 
 // Tokens [batch, count, width] as they lie; neighbouring channels are neighbours in memory.
 template <class T>
@@ -24,7 +26,7 @@ struct Tokens {
   }
 };
 
-// A channel's numbers that one lane moves at a time, 16 bytes where the rows allow it.
+// Neighbouring channels of a token that one lane moves at once.
 template <class T, int kVector>
 struct alignas(sizeof(T) * kVector) Packet {
   T entries[kVector];
@@ -87,6 +89,25 @@ struct Slab {
     }
   }
 };
+
+template <class T>
+bool in_packets(const Tokens<T>& x, const void* out, int width) {
+  constexpr int kVector = kPacketBytes / sizeof(T);
+  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % kPacketBytes == 0; };
+  return aligned(x.data) && aligned(out) && width % kVector == 0 && x.sample_stride % kVector == 0 &&
+         x.token_stride % kVector == 0;
+}
+
+// f(Slab) of 512 channels in two or four packets of a lane; of 128 where rows allow one number at a time.
+template <class Problem, class F>
+void with_slab(const Problem& problem, F&& f) {
+  constexpr int kVector = kPacketBytes / sizeof(typename Problem::Element);
+  if (in_packets(problem.x, problem.out, problem.width)) {
+    f(Slab<kVector, 512 / kLanes / kVector>{});
+  } else {
+    f(Slab<1, 4>{});
+  }
+}
 
 template <class Slab>
 struct LaneSums {

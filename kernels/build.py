@@ -198,18 +198,22 @@ def load_library(library: Path) -> None:
 
 
 def build(*, verbose: bool = False) -> Path | None:
-    """Compile the C++ operators for this machine, unless that is done, and load them.
+    """Compile the C++ operators for this machine, unless that is done, and load them; for GPUs, the CUDA operators too.
 
     Takes a minute or two the first time and milliseconds afterwards. Safe to call from several processes at once,
-    and after one of them was killed in the middle. The first operator that runs on the CPU does the same.
+    and after one of them was killed in the middle. The first operator that runs on the CPU, or on a GPU, does the same.
 
     Args:
         verbose: show the compiler's commands and output.
 
     Returns:
-        The shared library; None, after one warning, if this machine cannot build it. The `torch` backend needs
-        no build.
+        The shared library for the CPU; None, after one warning, if this machine cannot build it. The `torch` backend
+        needs no build.
     """
+    from .build_cuda import build_cuda, cuda_is_asked_for  # here, since that module asks this one in turn
+
+    if cuda_is_asked_for():
+        build_cuda(verbose=verbose)
     library, obstacle = _attempt(verbose)
     if obstacle is not None:
         warn_of(obstacle)

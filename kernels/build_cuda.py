@@ -125,10 +125,10 @@ def build_cuda(*, verbose: bool = False) -> Path | None:
 def _attempt(verbose: bool = False) -> tuple[Path | None, str | None]:
     """The loaded library, or what stood in the way."""
     library = built_cuda_library()
-    if library is None and (lacking := missing_cuda_tool()) is not None:
-        return None, f"are not built: {lacking}"
     try:
         if library is None:
+            if (lacking := missing_cuda_tool()) is not None:
+                return None, f"are not built: {lacking}"
             _log.warning("compiling pairtile's CUDA operators for %s: a minute, once", architectures())
             library = compile_library(
                 _LIBRARY,
@@ -140,10 +140,18 @@ def _attempt(verbose: bool = False) -> tuple[Path | None, str | None]:
                 with_cuda=True,
             )
         load_library(library)
+        _try_here()
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-        failed = "failed to build" if library is None else f"({library}) failed to load"
+        failed = "failed to build" if library is None else f"({library}) do not run here"
         return None, f"{failed}: {str(error)[-2000:]}"
     return library, None
+
+
+def _try_here() -> None:
+    """Raise unless the GPU at hand runs what was compiled: TORCH_CUDA_ARCH_LIST may name others alone."""
+    if torch.cuda.is_available():
+        best = torch.zeros(1, 1, device="cuda")
+        torch.ops.pairtile.cuda_select_pairs(best, best.long(), 1, 0, 0, False, False)
 
 
 def _warn_of(obstacle: str) -> None:
@@ -163,8 +171,18 @@ def cuda_operators_obstacle() -> str | None:
         return _attempt()[1]
 
 
+def cuda_is_asked_for() -> bool:
+    """Whether there are GPUs to compile for, or TORCH_CUDA_ARCH_LIST names some, and PAIRTILE_CUDA does not say no."""
+    return _is_wanted() and architectures() != ""
+
+
+def _is_wanted() -> bool:
+    declined = os.environ.get(_ENVIRONMENT, "1").lower() in ("0", "false", "no", "off", "n")
+    return torch.version.cuda is not None and not declined
+
+
 def _cuda_operators_serve() -> bool:
-    if os.environ.get(_ENVIRONMENT, "1").lower() in ("0", "false", "no", "off") or torch.version.cuda is None:
+    if not _is_wanted():
         return False
     if (obstacle := cuda_operators_obstacle()) is not None:
         _warn_of(obstacle)

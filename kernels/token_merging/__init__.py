@@ -1,6 +1,7 @@
 """Token merging: fewer tokens, nearly the same answer."""
 
 from . import cpp_backend as cpp_backend  # registers its kernels
+from . import triton_backend as triton_backend  # so does this
 from .attention import AttentionTo, fold_size, proportional_attention
 from .crossget import complete_graph_matching, complete_graph_soft_matching
 from .drawing import draw_merged_regions

@@ -61,7 +61,8 @@ def partner_sweep(
         if PARTNERS == _LATER:
             allowed &= cols[None, :] > rows[:, None]
         scores = tl.where(allowed, scores, float("-inf"))
-        block = tl.where((scores > top) | (scores != scores), k, block)
+        # Not below or equal: larger, or the first NaN.
+        block = tl.where(~(scores <= top) & (top == top), k, block)
         top = larger(top, scores)
     found = largest(top, 1, INTERPRETED)
     reached = (top == found[:, None]) | (top != top)
@@ -109,8 +110,10 @@ def energy_sweep(
 @triton.jit
 def expm1_of_negative(v):
     """exp(v) - 1 for v <= 0 to the last bits, where exp(v) - 1 would cancel: 2^n expm1(rest) + (2^n - 1); anything for v > 0."""
-    v = tl.minimum(larger(v, -87.0), 0.0, propagate_nan=tl.PropagateNan.ALL)
-    n = tl.floor(v * 1.4426950408889634 + 0.5)
+    v = larger(v, -87.0)
+    # Beside 1.5 * 2^23 a float32 has no fraction left: its lowest bits are those of n.
+    shifted = v * 1.4426950408889634 + 12582912.0
+    n = shifted - 12582912.0
     # ln 2 in two parts, of which the first has so few digits that n times it is exact.
     rest = v - n * 0.693145751953125 - n * 1.428606765330187e-06
     p = rest * (1 / 5040) + 1 / 720
@@ -119,5 +122,5 @@ def expm1_of_negative(v):
     p = p * rest + 1 / 6
     p = p * rest + 0.5
     p = p * rest + 1.0
-    power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    power = ((shifted.to(tl.int32, bitcast=True) - (0x4B400000 - 127)) << 23).to(tl.float32, bitcast=True)
     return power * (p * rest) + (power - 1.0)

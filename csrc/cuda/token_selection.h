@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cassert>
-#include <cmath>
 #include <cstring>
 
 #include "host_device.h"
@@ -18,9 +17,6 @@ struct Bipartite {
   PAIRTILE_HOST_DEVICE int even() const { return (tokens + 1) / 2; }
   PAIRTILE_HOST_DEVICE int odd() const { return tokens / 2; }
   PAIRTILE_HOST_DEVICE int left() const { return even() - r; }
-  PAIRTILE_HOST_DEVICE bool barred(int token) const {
-    return token < protected_count || (class_token && token == 0) || (distill_token && token == 1);
-  }
   // Tokens that stay in front, and whether the unmerged ones at even positions keep their order.
   PAIRTILE_HOST_DEVICE int front() const {
     return distill_token && protected_count < 2 ? 2 : protected_count;
@@ -37,7 +33,7 @@ struct Bipartite {
 };
 
 // Of one sample. best and partner [even]: the largest similarity of each token at an even position, -inf where there is
-// none, and which of the odd ones has it. kept [tokens - r], sources [r], places [r].
+// none or where it may not be merged, and which of the odd ones has it. kept [tokens - r], sources [r], places [r].
 struct SelectionSample {
   const float* best;
   const int64_t* partner;
@@ -92,9 +88,7 @@ PAIRTILE_DEVICE void select_pairs(Block& block, const Bipartite& matching, const
     for (int item = 0; item < kItems; ++item) {
       const int position = thread.side_by_side(item);
       thread.positions[item] = position;
-      thread.keys[item] = position >= even                   ? kLastKey
-                          : matching.barred(2 * position) ? sort_key(-INFINITY)
-                                                             : sort_key(sample.best[position]);
+      thread.keys[item] = position < even ? sort_key(sample.best[position]) : kLastKey;
     }
   });
   block.sort();

@@ -37,12 +37,15 @@ class Similarities(NamedTuple):
             margin where that is not negative, else alpha (exp(s - margin) - 1).
         bipartite: (metric [B, N, C], r, protected, class_token, distill_token) -> int64 (kept [B, N - r], sources [B, r],
             places [B, r]), what `tome.bipartite_matching` makes of `best_partners`, at once; None: it is made of that.
-        most_tokens: the largest N that `bipartite` takes.
+        select: (best float32 [B, ceil(N / 2)] and partner int64 of `best_partners` for the tokens at even positions, N, r,
+            protected, class_token, distill_token) -> (kept, sources, places), the order of `tome.matched`; None: torch sorts.
+        most_tokens: the largest N that `select` takes.
     """
 
     best_partners: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, int, int], tuple[Tensor, Tensor]]
     energies: Callable[[Tensor, float, float, int], Tensor]
     bipartite: Callable[[Tensor, int, int, bool, bool], tuple[Tensor, Tensor, Tensor]] | None = None
+    select: Callable[[Tensor, Tensor, int, int, int, bool, bool], tuple[Tensor, Tensor, Tensor]] | None = None
     most_tokens: float = math.inf
 
 
@@ -140,16 +143,26 @@ def energies(x: Tensor, margin: float, alpha: float) -> Tensor:
 def bipartite(
     metric: Tensor, r: int, protected: int, class_token: bool, distill_token: bool
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """As `Similarities.bipartite`, if the backend that serves this metric has it for so many tokens."""
+    """As `Similarities.bipartite`, if the backend that serves this metric has it."""
     backend, _ = select_backend(metric.device)
-    serving = _serving(backend, metric)
-    found = serving.bipartite
-    if found is None or metric.shape[1] > serving.most_tokens:
+    found = _serving(backend, metric).bipartite
+    if found is None:
         return None
     if torch.compiler.is_compiling():
         kept, sources, places = _bipartite_op(metric, r, protected, class_token, distill_token, backend)
         return kept, sources, places
     return found(metric, r, protected, class_token, distill_token)
+
+
+def select_pairs(
+    best: Tensor, partner: Tensor, tokens: int, r: int, protected: int, class_token: bool, distill_token: bool
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As `Similarities.select`, if the backend that serves has it for so many tokens."""
+    backend, _ = select_backend(best.device)
+    serving = _serving(backend, best)
+    if serving.select is None or tokens > serving.most_tokens:
+        return None
+    return serving.select(best, partner, tokens, r, protected, class_token, distill_token)
 
 
 def _best_operator(

@@ -26,9 +26,9 @@ from pairtile.kernels.token_merging import (
     cuda_backend,
     merge_tokens,
     similarity,
-    tome,
 )
 from pairtile.kernels.token_merging.similarity import TORCH
+from pairtile.kernels.token_merging.tome import matched
 
 SPECIAL = [(False, False), (True, False), (True, True), (False, True)]
 
@@ -44,11 +44,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bodies(library, monkeypatch):
     """Tensors on the CPU are served as CUDA's are, by the kernels' bodies."""
     found = CudaBodies(library)
+    of_cuda = {name: getattr(similarity.SIMILARITIES["cuda"], name) for name in ("select", "most_tokens")}
     for name in ("cuda_select_pairs", "cuda_combine_tokens", "cuda_average_tokens", "cuda_spread_tokens"):
         monkeypatch.setattr(torch.ops.pairtile, name, getattr(found, name), raising=False)
     for module in (similarity, combine):
         monkeypatch.setattr(module, "with_cuda", lambda backend, device: "cuda" if backend == "torch" else backend)
-    monkeypatch.setitem(similarity.SIMILARITIES, "triton", TORCH)
+    monkeypatch.setitem(similarity.SIMILARITIES, "cuda", TORCH._replace(**of_cuda))
     with use_backend("torch"):
         yield found
 
@@ -56,6 +57,11 @@ def bodies(library, monkeypatch):
 def assert_same(found: Matching, expected: papers.Indices) -> None:
     for each, right in zip((found.kept, found.sources, found.places), expected, strict=True):
         assert each.tolist() == right
+
+
+def assert_equal(found: Matching, expected: Matching) -> None:
+    for name in ("kept", "sources", "places"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 # ---- selection --------------------------------------------------------------------------------------------------------
@@ -82,26 +88,20 @@ def hostile_similarities(batch: int, count: int) -> Tensor:
 
 
 @pytest.mark.parametrize("tokens", [41, 384, 386, 1281, 5121, 16384])
-def test_selection_of_any_similarities_in_every_size_of_block(bodies, monkeypatch, tokens):
+def test_selection_of_any_similarities_in_every_size_of_block(bodies, tokens):
     """As torch's stable sort has it; the largest and the smallest sample of a block of each size."""
     choose = random.Random(tokens)
     torch.manual_seed(tokens)
     even, odd = (tokens + 1) // 2, tokens // 2
-    metric, partner = torch.ones(2, tokens, 1), torch.randint(odd, (2, even))
+    partner = torch.randint(odd, (2, even))
     for protected, (class_token, distill_token) in zip((0, 0, 3, 5, 0), [*SPECIAL, (False, True)], strict=True):
         best = hostile_similarities(2, even)
-        barred = torch.arange(0, tokens, 2) < max(protected, class_token)
-        masked = best.masked_fill(barred, -torch.inf)
+        best[:, : max((protected + 1) // 2, int(class_token))] = -torch.inf
         for r in (1, choose.randrange(1, (tokens - 5) // 2), (tokens - 5) // 2):
-            given = metric, r, class_token, distill_token
-            monkeypatch.setattr(cuda_backend, "best_partners", lambda *_, best=best, **__: (best, partner))
-            found = bipartite_matching(*given, protected=protected)
-            monkeypatch.setattr(tome, "best_partners", lambda *_, masked=masked, **__: (masked, partner))
-            with monkeypatch.context() as generic:
-                generic.setattr(tome, "bipartite", lambda *_: None)
-                right = bipartite_matching(*given, protected=protected)
-            for name in ("kept", "sources", "places"):
-                assert torch.equal(getattr(found, name), getattr(right, name))
+            given = best, partner, tokens, r, protected, class_token, distill_token
+            found = matched(*given)
+            with use_backend("reference"):
+                assert_equal(found, matched(*given))
     assert len(bodies.calls) == 15
 
 
@@ -111,9 +111,7 @@ def test_registers_and_distillation_as_without_the_kernel(bodies):
         for distill in (False, True):
             found = bipartite_matching(metric, 30, False, distill, protected=protected)
             with use_backend("reference"):
-                right = bipartite_matching(metric, 30, False, distill, protected=protected)
-            for name in ("kept", "sources", "places"):
-                assert torch.equal(getattr(found, name), getattr(right, name))
+                assert_equal(found, bipartite_matching(metric, 30, False, distill, protected=protected))
 
 
 def test_samples_of_more_tokens_than_a_block_sorts_go_another_way(bodies, monkeypatch):

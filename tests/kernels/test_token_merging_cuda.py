@@ -199,6 +199,21 @@ def test_empty_batches_channels_and_expanded_gradients(bodies):
     torch.testing.assert_close(gradient.sum(), torch.tensor(2.0 * 2 * 9 * 5))
 
 
+def test_the_average_as_an_operator_of_the_compiler(bodies):
+    x, matching = torch.randn(2, 9, 4, requires_grad=True), some_matching(2, 9, 4, one_place=False)
+    indices = matching.kept, matching.sources, matching.places, matching.place_of()
+    sizes = torch.randint(1, 5, (2, 9)).float()
+    for numbers in ((sizes, sizes), (None, None)):
+        given = x, *indices, *numbers, "torch"
+        torch.library.opcheck(combine._average_op, given, test_utils=("test_schema", "test_faketensor"))
+        tokens, totals = combine._average_op(*given)
+        right, right_totals = combine.average(x, matching, *numbers)
+        assert torch.equal(tokens, right)
+        assert torch.equal(totals, right_totals)
+        upstream = torch.randn(tokens.shape)
+        assert torch.equal(*(torch.autograd.grad(each, x, upstream)[0] for each in (tokens, right)))
+
+
 # ---- what the compilers say -------------------------------------------------------------------------------------------
 
 

@@ -121,4 +121,4 @@ class _Result:
         bands = torch.cat([self._whole[:_GUARD], self._whole[len(self._whole) - _GUARD :]])
         assert (bands == self._poison).all(), "written outside of a result"
         assert not (self.inner == self._poison).any(), "not written"
-        return self.inner
+        return self.inner.clone()

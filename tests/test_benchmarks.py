@@ -109,8 +109,8 @@ def test_rounds_begin_with_each_contender_in_turn():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "_LEAST_BURST", 0.0)
         measured = harness.timed(calls, 4, between=lambda: samples.append(len(order)))
-    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
-    assert samples == [3, 9, 15], "before, halfway through and after the rounds"
+    assert "".join(order) == "abc" + "aabbcc" + "bbccaa" + "ccaabb" + "aabbcc", "once unmeasured, once measured"
+    assert samples == [3, 15, 27], "before, halfway through and after the rounds"
     assert all(len(each.seconds) == 4 for each in measured.values())
 
 

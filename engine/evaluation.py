@@ -88,7 +88,8 @@ def evaluate_run(
     Args:
         run: the folder of a run, whose ``config.yaml`` says what is evaluated and how.
         data: a folder of shards with the same splits, or shards by pattern; by default the recipe's.
-        overrides: ``key=value`` changes to the run's recipe, such as ``eval.batch_size=64``.
+        overrides: ``key=value`` changes to the run's recipe, such as ``eval.batch_size=64``. Of the model those of
+            ``token_merging`` have an effect: a tower can merge other tokens than it was trained with.
         which: ``best`` or ``last`` checkpoint.
         out: where the results go; by default ``RUN/eval-best`` or ``RUN/eval-last``.
 
@@ -102,6 +103,7 @@ def evaluate_run(
         recipe = _with_data(recipe, data)
     source = find_model(run, which)
     encoder = load(source, device="cuda" if torch.cuda.is_available() else "cpu")
+    encoder.model.merge_tokens(recipe.model)
     splits = open_splits(recipe, encoder.tokenizer)
     if not splits:
         raise PairtileError(

@@ -36,7 +36,9 @@ def write_model_folder(
         "pairtile": version("pairtile"),
         "model": model.model_dump(mode="json"),
         "text": _text_sizes(tokenizer, data),
-        "data": data.model_dump(mode="json", include={"image_mode", "resize", "context_length", "max_pixels"}),
+        "data": data.model_dump(
+            mode="json", include={"image_mode", "resize", "frames", "context_length", "max_pixels"}
+        ),
     }
     (folder / "config.json").write_text(json.dumps(document, indent=2))
     tokenizer.save(folder)
@@ -44,7 +46,7 @@ def write_model_folder(
 
 def build_model(model: ModelConfig, data: DataConfig, tokenizer: Tokenizer) -> DualEncoder:
     """A freshly initialised model for this tokenizer."""
-    return DualEncoder(model, **_text_sizes(tokenizer, data))
+    return DualEncoder(model, **_text_sizes(tokenizer, data), frames=data.frames)
 
 
 def _text_sizes(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def load(
     # the weights come from the safetensors file: nothing is fetched, and no tower reads another file
     config.vision.pretrained = config.text.pretrained = False
     data = validate(DataConfig, {"root": str(folder), **document["data"]}, f"{folder}/config.json")
-    model = DualEncoder(config, **document["text"])
+    model = DualEncoder(config, **document["text"], frames=data.frames)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS, device="cpu"))
     except (RuntimeError, SafetensorError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,7 +32,7 @@ class ContactRow:
     """One query and what was found for it, best first."""
 
     query: str
-    images: Sequence[Tensor]  # uint8 [C, H, W] each, C = 1 or 3, any size
+    images: Sequence[Tensor]  # uint8 [C, H, W] each, C = 1 or 3, any size; clips [T, C, H, W]
     correct: Sequence[bool]
     note: str = ""
 
@@ -116,7 +117,9 @@ def _draw_legend(draw: ImageDraw.ImageDraw, y: int) -> None:
 
 
 def _thumbnail(image: Tensor) -> Image.Image:
-    """uint8 [1 or 3, H, W] -> RGB CELL x CELL, centred, proportions kept."""
+    """uint8 [1 or 3, H, W], or a clip of such -> RGB CELL x CELL, centred, proportions kept."""
+    if image.dim() == 4:
+        image = side_by_side(image)
     if image.dim() != 3 or image.shape[0] not in (1, 3) or image.dtype != torch.uint8:
         raise ValueError(f"expected a uint8 image [1 or 3, H, W], got {image.dtype} {tuple(image.shape)}")
     array = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu().numpy()
@@ -131,6 +134,16 @@ def _thumbnail(image: Tensor) -> Image.Image:
     cell = Image.new("RGB", (CELL, CELL), "#f6f8fa")
     cell.paste(picture, ((CELL - picture.width) // 2, (CELL - picture.height) // 2))
     return cell
+
+
+def side_by_side(clip: Tensor) -> Tensor:
+    """uint8 [T, C, H, W] -> [C, rows H, columns W]: the frames in reading order, on as square a grid as they fill."""
+    frames, channels, height, width = clip.shape
+    columns = math.ceil(math.sqrt(frames))
+    rows = math.ceil(frames / columns)
+    blank = clip.new_full((rows * columns - frames, channels, height, width), 255)
+    grid = torch.cat([clip, blank]).unflatten(0, (rows, columns))
+    return grid.permute(2, 0, 3, 1, 4).reshape(channels, rows * height, columns * width)
 
 
 @lru_cache

@@ -58,15 +58,15 @@ class Tokens(NamedTuple):
 
         def fold(each: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
             both = join_frames(each, group, prefix=prefix)
-            front, others = both.split([group * prefix, both.shape[1] - group * prefix], dim=1)
-            return torch.cat([reduce(front.unflatten(1, (group, prefix))), others], 1)
+            front, others = both[:, : group * prefix], both[:, group * prefix :]
+            return torch.cat([reduce(front.view(len(both), group, prefix, -1)), others], 1)
 
         size = torch.ones_like(self.x[..., :1], dtype=torch.float32) if self.size is None else self.size
         origin, place = self.origin, self.place
         if origin is not None:
             origin = fold(origin.unsqueeze(-1), lambda front: front[:, 0]).squeeze(-1)
         if place is not None:
-            place = place.unflatten(0, (-1, group))
+            place = place.view(-1, group, place.shape[1])
             frame = torch.arange(group, device=place.device)[:, None]
             place = torch.where(place < prefix, place, prefix + (place - prefix) * group + frame).flatten(1, 2)
         return self._replace(

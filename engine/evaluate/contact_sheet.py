@@ -59,11 +59,11 @@ def draw_contact_sheet(path: Path, rows: Sequence[ContactRow], *, title: str, su
     height = HEADER + len(rows) * (CELL + GAP) + FOOTER
     canvas = Image.new("RGB", (width, height), BACKDROP)
     draw = ImageDraw.Draw(canvas)
-    draw.text((MARGIN, 20), title, font=_font(22, bold=True), fill=INK)
-    draw.text((MARGIN, 52), subtitle, font=_font(13), fill=FAINT)
+    draw.text((MARGIN, 20), title, font=sheet_font(22, bold=True), fill=INK)
+    draw.text((MARGIN, 52), subtitle, font=sheet_font(13), fill=FAINT)
     for column in range(columns):
         middle = _cell_left(column) + CELL // 2
-        draw.text((middle, HEADER - 8), f"{column + 1}", font=_font(12), fill=FAINT, anchor="ms")
+        draw.text((middle, HEADER - 8), f"{column + 1}", font=sheet_font(12), fill=FAINT, anchor="ms")
     for number, row in enumerate(rows):
         _draw_row(canvas, draw, row, HEADER + number * (CELL + GAP))
     _draw_legend(draw, height - FOOTER + 14)
@@ -82,13 +82,13 @@ def _cell_left(column: int) -> int:
 
 def _draw_row(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: ContactRow, top: int) -> None:
     draw.line([(MARGIN, top - 2), (canvas.width - MARGIN, top - 2)], fill=LINE)
-    lines = wrap(row.query, _font(15), QUERY_WIDTH - GAP, QUERY_LINES)
+    lines = wrap(row.query, sheet_font(15), QUERY_WIDTH - GAP, QUERY_LINES)
     text_height = 21 * len(lines) + (20 if row.note else 0)
     y = top + GAP // 2 + (CELL - text_height) // 2
     for line in lines:
-        draw.text((MARGIN, y), line, font=_font(15), fill=INK)
+        draw.text((MARGIN, y), line, font=sheet_font(15), fill=INK)
         y += 21
-    draw.text((MARGIN, y + 2), row.note, font=_font(12), fill=FAINT)
+    draw.text((MARGIN, y + 2), row.note, font=sheet_font(12), fill=FAINT)
     for column, (image, correct) in enumerate(zip(row.images, row.correct)):
         left, upper = _cell_left(column), top + GAP // 2
         canvas.paste(_thumbnail(image), (left, upper))
@@ -112,8 +112,8 @@ def _draw_legend(draw: ImageDraw.ImageDraw, y: int) -> None:
     x = MARGIN
     for colour, thickness, meaning in ((GREEN, 4, "correct"), (RED, 2, "first place, wrong")):
         draw.rectangle((x, y, x + 15, y + 15), outline=colour, width=thickness)
-        draw.text((x + 24, y + 8), meaning, font=_font(12), fill=FAINT, anchor="lm")
-        x += 24 + int(_font(12).getlength(meaning)) + 28
+        draw.text((x + 24, y + 8), meaning, font=sheet_font(12), fill=FAINT, anchor="lm")
+        x += 24 + int(sheet_font(12).getlength(meaning)) + 28
 
 
 def _thumbnail(image: Tensor) -> Image.Image:
@@ -147,7 +147,7 @@ def side_by_side(clip: Tensor) -> Tensor:
 
 
 @lru_cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def sheet_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """matplotlib's DejaVu Sans; the basic layout engine, since raqm is missing or unstable on some machines."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name

@@ -59,7 +59,7 @@ class Tokens(NamedTuple):
         def fold(each: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
             both = join_frames(each, group, prefix=prefix)
             front, others = both[:, : group * prefix], both[:, group * prefix :]
-            return torch.cat([reduce(front.view(len(both), group, prefix, -1)), others], 1)
+            return torch.cat([reduce(front.view(len(both), group, prefix, both.shape[-1])), others], 1)
 
         size = torch.ones_like(self.x[..., :1], dtype=torch.float32) if self.size is None else self.size
         origin, place = self.origin, self.place

@@ -1,12 +1,16 @@
 """Token merging from a recipe: trained, checkpointed, exported, evaluated, under every ZeRO stage."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
 
 from curves import losses
 from pairtile.engine import load
+from pairtile.engine.cli import app
 from pairtile.engine.errors import PairtileError
-from pairtile.engine.evaluation import evaluate_run
+from pairtile.engine.evaluation import evaluate_run, visualize_run
 from pairtile.engine.export import export
 from pairtile.engine.model import DualEncoder
 from pairtile.engine.recipe import parse_recipe
@@ -122,6 +126,31 @@ def test_a_trained_model_is_evaluated_with_more_merging_and_with_none(merging):
     as_trained, whole, more = (each[0].diagnostics for each in found)
     assert as_trained != whole
     assert as_trained != more
+
+
+def test_merged_regions_are_drawn(merging, tmp_path):
+    run = train(parse_recipe(merging(R, **{"train.steps": 1, "eval.splits": []}))).run_dir
+    invoke = CliRunner().invoke
+    done = invoke(app, ["visualize", str(run), "eval.splits=null", "--count", "3", "--which", "last"])
+    assert f"drawn to {run / 'merged-unseen.png'}" in done.output, done.output
+    with Image.open(run / "merged-unseen.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert (pixels == (215, 48, 31)).all(-1).any(), "regions have outlines"
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20, "regions have mean colours"
+    more = [
+        "visualize",
+        str(run),
+        "eval.splits=null",
+        "model.vision.token_merging={r: 7}",
+        "--out",
+        str(tmp_path / "more.png"),
+    ]
+    assert invoke(app, more).exit_code == 0
+    assert (tmp_path / "more.png").read_bytes() != (run / "merged-unseen.png").read_bytes()
+    with pytest.raises(PairtileError, match=r"merges no tokens; say how .*token_merging='\{r: 16\}'"):
+        visualize_run(run, overrides=["eval.splits=null", "model.vision.token_merging=null"])
+    with pytest.raises(PairtileError, match="no split 'x' to draw from; known are unseen"):
+        visualize_run(run, overrides=["eval.splits=null"], split="x")
 
 
 def test_sources_are_kept_on_request(merging):

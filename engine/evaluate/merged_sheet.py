@@ -12,7 +12,7 @@ from torch import Tensor
 from ...kernels.token_merging import draw_merged_regions, merged_sources
 from ..data.order import permute
 from ..errors import PairtileError
-from .contact_sheet import BACKDROP, FAINT, GAP, INK, MARGIN, sheet_font, side_by_side, wrap
+from .contact_sheet import BACKDROP, FAINT, GAP, INK, LINE, MARGIN, sheet_font, side_by_side, wrap
 
 if TYPE_CHECKING:
     from ..data import ShardDataset
@@ -106,8 +106,9 @@ def _save(path: Path, rows: list[tuple[Tensor, Tensor, int]], captions: list[str
     draw = ImageDraw.Draw(canvas)
     for number, ((image, merged, left), caption) in enumerate(zip(pictures, captions)):
         x, y = MARGIN + number % 2 * cell, MARGIN + number // 2 * (height + _TEXT)
-        canvas.paste(image, (x, y))
-        canvas.paste(merged, (x + width + GAP // 2, y))
+        for picture, left_edge in ((image, x), (merged, x + width + GAP // 2)):
+            draw.rectangle((left_edge - 1, y - 1, left_edge + width, y + height), outline=LINE)
+            canvas.paste(picture, (left_edge, y))
         y += height + 6
         for line in wrap(caption, sheet_font(15), cell - 2 * GAP, 2):
             draw.text((x, y), line, font=sheet_font(15), fill=INK)

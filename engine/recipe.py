@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from .data import CaptionChoice, DataConfig
 from .errors import RecipeError
 from .evaluate import ClassificationConfig
+from .merging import TokenMergingConfig
 from .presets import expand_preset
 from .strict import StrictModel
 
@@ -42,6 +43,7 @@ class VisionConfig(StrictModel):
     channels_last: bool = Field(False, description="memory format of the images; faster for convolutions")
     pretrained: bool = False
     frozen: bool = False
+    token_merging: TokenMergingConfig | None = Field(None, description="none: every layer keeps all tokens")
 
     @model_validator(mode="after")
     def _pixel_statistics(self) -> VisionConfig:
@@ -83,6 +85,7 @@ class TextConfig(StrictModel):
     )
     pretrained: bool = False
     frozen: bool = False
+    token_merging: TokenMergingConfig | None = Field(None, description="none: every layer keeps all tokens")
 
     @model_validator(mode="after")
     def _one_source(self) -> TextConfig:

@@ -143,6 +143,9 @@ class TrainConfig(StrictModel):
         gt=0, description="pairs of one contrastive batch over all ranks; its other pairs are the negatives"
     )
     accumulation: int = Field(1, gt=0, description="batches per optimiser step; adds no negatives")
+    cache_chunk: int | None = Field(
+        None, gt=0, description="pairs that a rank embeds at a time; the negatives stay those of the whole batch"
+    )
     steps: int | None = Field(None, gt=0, description="optimiser steps; give this or epochs")
     epochs: float | None = Field(None, gt=0)
     lr: float = Field(1e-3, gt=0)

@@ -30,16 +30,18 @@ from .checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from .data import Batch, build_loader
+from .data import build_loader
 from .deepspeed_config import deepspeed_config
 from .errors import PairtileError, RecipeError
 from .evaluation import RESULTS, evaluate_model, headline, open_splits
 from .export import build_model
+from .gradient_cache import check_batch_statistics
 from .guard import GradientGuard
 from .incidents import BAD_BATCHES, SKIPPED, count_skipped, non_finite, report_bad_batch, stop_if_hopeless
 from .model import DualEncoder, DualOutput
 from .objectives import WeightedSum, check_objectives
 from .optimizer import build_optimizer, learning_rate
+from .passes import Passes
 from .plan import (
     check_batch,
     check_forward,
@@ -91,6 +93,8 @@ def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
     check_forward(model, recipe)
     if recipe.train.activation_checkpointing:
         model.enable_activation_checkpointing()
+    if recipe.train.cache_chunk is not None:
+        check_batch_statistics(model.train())
     objective = WeightedSum(recipe.objectives, runtime.group)
     steps = total_steps(recipe, len(dataset))
     guard = GradientGuard(model)
@@ -108,6 +112,7 @@ def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
     source = find_source(run_dir, layout, model.config, runtime, resume=recipe.resume == "auto")
     engine = initialize(model.to(runtime.device), recipe, runtime, universal=source.universal)
     load_checkpoint(source, engine)
+    passes = Passes.of(engine, recipe.train, runtime)
     state = source.state
     describe = {"model": model.config, "data": recipe.data, "tokenizer": tokenizer}
     if runtime.is_main:
@@ -153,7 +158,7 @@ def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
                 batch = next(loader)
                 count_skipped(batch, state, run_dir)
                 seed_step(recipe.train.seed, runtime.rank, state.batch_index)
-                output = forward(engine, batch, runtime)
+                output = passes.forward(batch)
                 terms = objective.terms(output, batch)
                 loss = torch.stack(list(terms.values())).sum()
                 flags = runtime.gather_flags(*non_finite(output, loss), requested())
@@ -164,7 +169,7 @@ def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
                     report_bad_batch("the loss is not finite; batch skipped", batch, state, flags, run_dir, runtime)
                     stop_if_hopeless(bad_in_a_row, recipe, state)
                     continue
-                engine.backward(loss)
+                passes.backward(loss)
                 flags = runtime.gather_flags(guard.take())
                 if any(flag[0] for flag in flags):
                     bad_in_a_row += 1
@@ -173,7 +178,7 @@ def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
                 else:
                     bad_in_a_row = 0
                 norm = gradient_norm(engine) if logged else None
-                engine.step()
+                passes.step()
                 losses.append({name: value.detach() for name, value in terms.items()})
             state.step += 1
             state.seconds += time.perf_counter() - began
@@ -222,19 +227,6 @@ def rewind_run(run_dir: Path, state: TrainerState) -> None:
     for folder in (run_dir / "eval").glob("step-*"):
         if int(folder.name.removeprefix("step-")) > state.step:
             shutil.rmtree(folder)
-
-
-def forward(engine: Any, batch: Batch, runtime: Runtime) -> DualOutput:
-    """The batch through both towers. A rank whose samples were all bad still takes part, with a blank pair.
-
-    ZeRO-3 gathers parameters inside forward, so a rank that left it out would leave the others waiting.
-    """
-    batch = batch.to(runtime.device)
-    if len(batch.images):
-        return engine(batch.images, batch.input_ids, batch.attention_mask)
-    blank = (batch.images.new_zeros(1, *batch.images.shape[1:]), batch.input_ids.new_zeros(1, batch.input_ids.shape[1]))
-    output = engine(*blank, torch.ones_like(blank[1], dtype=torch.bool))
-    return output.without_rows()
 
 
 def gradient_norm(engine: Any) -> Callable[[], float | None]:

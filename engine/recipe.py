@@ -163,6 +163,11 @@ class TrainConfig(StrictModel):
     threads: int | None = Field(
         None, gt=0, description="CPU threads per rank; none: the cores divided by the local ranks"
     )
+    timeout_minutes: float = Field(
+        30.0,
+        gt=0,
+        description="without any movement of a rank, after which all stop and say which one; of several ranks",
+    )
     log_every: int = Field(10, gt=0)
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: only at the end")

@@ -146,6 +146,9 @@ class TrainConfig(StrictModel):
         gt=0, description="pairs of one contrastive batch over all ranks; its other pairs are the negatives"
     )
     accumulation: int = Field(1, gt=0, description="batches per optimiser step; adds no negatives")
+    cache_chunk: int | None = Field(
+        None, gt=0, description="pairs that a rank embeds at a time; the negatives stay those of the whole batch"
+    )
     steps: int | None = Field(None, gt=0, description="optimiser steps; give this or epochs")
     epochs: float | None = Field(None, gt=0)
     lr: float = Field(1e-3, gt=0)
@@ -162,6 +165,11 @@ class TrainConfig(StrictModel):
     seed: int = 0
     threads: int | None = Field(
         None, gt=0, description="CPU threads per rank; none: the cores divided by the local ranks"
+    )
+    timeout_minutes: float = Field(
+        30.0,
+        gt=0,
+        description="without any movement of a rank, after which all stop and say which one; of several ranks",
     )
     log_every: int = Field(10, gt=0)
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")

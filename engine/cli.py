@@ -1,4 +1,4 @@
-"""The ``pairtile`` command: prepare, train, evaluate, export, info."""
+"""The ``pairtile`` command: prepare, train, evaluate, visualize, export, info."""
 
 from __future__ import annotations
 
@@ -68,6 +68,28 @@ def evaluate(
     options = {"eval.scores": scores, "eval.rerank_top": rerank_top}
     changes = [*(overrides or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
     evaluate_run(run, data=data, overrides=changes, which=_checked(which), out=out)
+
+
+@app.command()
+def visualize(
+    run: Annotated[Path, typer.Argument(help="the folder of a run")],
+    overrides: Overrides = None,
+    data: Annotated[
+        str | None, typer.Option(help="shards by pattern, or a folder of shards; default: the run's")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="whose images; default: the first of data.val")] = None,
+    count: Annotated[int, typer.Option(help="images, drawn at random")] = 8,
+    seed: Annotated[int, typer.Option(help="of the choice")] = 0,
+    which: Annotated[str, typer.Option(help="best or last checkpoint")] = "best",
+    out: Annotated[Path | None, typer.Option(help="the PNG; default RUN/merged-SPLIT.png")] = None,
+) -> None:
+    """Draw which patches of an image became one token, beside the image."""
+    from .evaluation import visualize_run
+
+    drawn = visualize_run(
+        run, data=data, overrides=overrides, which=_checked(which), split=split, count=count, seed=seed, out=out
+    )
+    typer.echo(f"drawn to {drawn}")
 
 
 @app.command()

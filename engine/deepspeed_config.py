@@ -38,7 +38,7 @@ def deepspeed_config(recipe: Recipe, world_size: int) -> dict[str, Any]:
         zero |= {"stage3_prefetch_bucket_size": _BUCKET}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.batch_size // world_size,
-        "gradient_accumulation_steps": train.accumulation,
+        "gradient_accumulation_steps": train.accumulation if train.cache_chunk is None else 1,
         "gradient_clipping": train.grad_clip,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

@@ -11,3 +11,7 @@ class PairtileError(Exception):
 
 class RecipeError(PairtileError):
     """A :class:`PairtileError` that every rank meets alike, so that rank 0 alone tells it."""
+
+
+class RankFailure(PairtileError):
+    """Another rank died, hangs or stopped; the message names it. Nothing to mend here: the run can be started again."""

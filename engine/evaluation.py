@@ -14,7 +14,8 @@ from .curve import draw_curve
 from .data import ShardDataset, Tokenizer
 from .errors import PairtileError, RecipeError
 from .evaluate import SplitResult, evaluate_split, print_results, to_markdown, write_json
-from .export import find_model, load
+from .evaluate.merged_sheet import draw_merged_tokens
+from .export import Encoder, find_model, load
 from .model import DualEncoder
 from .plan import open_split, refused_members
 from .recipe import EvalConfig, Recipe, load_recipe
@@ -88,25 +89,15 @@ def evaluate_run(
     Args:
         run: the folder of a run, whose ``config.yaml`` says what is evaluated and how.
         data: a folder of shards with the same splits, or shards by pattern; by default the recipe's.
-        overrides: ``key=value`` changes to the run's recipe, such as ``eval.batch_size=64``.
+        overrides: ``key=value`` changes to the run's recipe, such as ``eval.batch_size=64``. Of the model those of
+            ``token_merging`` have an effect: a tower can merge other tokens than it was trained with.
         which: ``best`` or ``last`` checkpoint.
         out: where the results go; by default ``RUN/eval-best`` or ``RUN/eval-last``.
 
     Raises:
         PairtileError: no run, no model or no shards.
     """
-    if not (run / "config.yaml").is_file():
-        raise PairtileError(f"{run} is not a run folder: no config.yaml in it")
-    recipe = load_recipe(run / "config.yaml", overrides)
-    if data is not None:
-        recipe = _with_data(recipe, data)
-    source = find_model(run, which)
-    encoder = load(source, device="cuda" if torch.cuda.is_available() else "cpu")
-    splits = open_splits(recipe, encoder.tokenizer)
-    if not splits:
-        raise PairtileError(
-            f"{run}/config.yaml names no evaluation split; add data.val, for example data.val.val='val-*.tar'"
-        )
+    recipe, source, encoder, splits = open_run(run, data, overrides, which)
     for line in refused_members(splits):
         say(line)
     folder = out or run / f"eval-{which}"
@@ -119,6 +110,30 @@ def evaluate_run(
     sheets = ", ".join(str(folder / f"{name}.png") for name in splits) if recipe.eval.contact_sheet else "none"
     say(f"model: {source}\nresults: {folder / RESULTS}\ncurve: {draw_curve(run)}\ncontact sheets: {sheets}")
     return results
+
+
+def open_run(
+    run: Path, data: str | None, overrides: list[str] | None, which: str
+) -> tuple[Recipe, Path, Encoder, dict[str, ShardDataset]]:
+    """The recipe of a run with changes, the folder of its model, the model, and the evaluation splits.
+
+    Raises:
+        PairtileError: no run, no model or no shards.
+    """
+    if not (run / "config.yaml").is_file():
+        raise PairtileError(f"{run} is not a run folder: no config.yaml in it")
+    recipe = load_recipe(run / "config.yaml", overrides)
+    if data is not None:
+        recipe = _with_data(recipe, data)
+    source = find_model(run, which)
+    encoder = load(source, device="cuda" if torch.cuda.is_available() else "cpu")
+    encoder.model.merge_tokens(recipe.model)
+    splits = open_splits(recipe, encoder.tokenizer)
+    if not splits:
+        raise PairtileError(
+            f"{run}/config.yaml names no evaluation split; add data.val, for example data.val.val='val-*.tar'"
+        )
+    return recipe, source, encoder, splits
 
 
 @contextmanager
@@ -136,6 +151,40 @@ def gathering_on_access(model: nn.Module) -> Iterator[None]:
     finally:
         for parameters in flagged:
             parameters._in_forward = False
+
+
+def visualize_run(
+    run: Path, *, data: str | None = None, overrides: list[str] | None = None, which: str = "best", split: str | None = None,
+    count: int = 8, seed: int = 0, out: Path | None = None,
+) -> Path:  # fmt: skip
+    """Draw which patches of some images a trained model merges (``pairtile visualize``).
+
+    Args:
+        run, data, which: as for :func:`evaluate_run`.
+        overrides: ``key=value`` changes, such as ``model.vision.token_merging={r: 16}`` for a model trained without.
+        split: whose images; by default the first.
+        count: how many, drawn at random by ``seed``.
+        out: the PNG; by default ``RUN/merged-SPLIT.png``.
+
+    Returns:
+        The PNG.
+
+    Raises:
+        PairtileError: no run, no model, no shards, no such split, or an image tower that merges nothing.
+    """
+    recipe, _, encoder, splits = open_run(run, data, overrides, which)
+    name = next(iter(splits)) if split is None else split
+    if name not in splits:
+        raise PairtileError(f"there is no split {name!r} to draw from; known are {', '.join(splits)}")
+    if recipe.model.vision.token_merging is None:
+        raise PairtileError(
+            "the image tower of this run merges no tokens; say how it should, for example "
+            "model.vision.token_merging='{r: 16}'"
+        )
+    encoder.model.merge_tokens(recipe.model, trace_source=True)
+    path = out or run / f"merged-{name}.png"
+    draw_merged_tokens(path, encoder.model, splits[name], count=count, seed=seed)
+    return path
 
 
 def _with_data(recipe: Recipe, data: str) -> Recipe:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -24,6 +24,8 @@ from .tokens import Tokens
 
 FORMAT = "pairtile-dual-encoder/1"
 WEIGHTS = "model.safetensors"
+#: PIL images, or uint8 pixels; a clip is a sequence of images.
+Images: TypeAlias = Image.Image | Sequence[Image.Image] | Sequence[Sequence[Image.Image]] | Tensor
 
 
 def write_model_folder(
@@ -36,7 +38,9 @@ def write_model_folder(
         "pairtile": version("pairtile"),
         "model": model.model_dump(mode="json"),
         "text": _text_sizes(tokenizer, data),
-        "data": data.model_dump(mode="json", include={"image_mode", "resize", "context_length", "max_pixels"}),
+        "data": data.model_dump(
+            mode="json", include={"image_mode", "resize", "frames", "context_length", "max_pixels"}
+        ),
     }
     (folder / "config.json").write_text(json.dumps(document, indent=2))
     tokenizer.save(folder)
@@ -44,7 +48,7 @@ def write_model_folder(
 
 def build_model(model: ModelConfig, data: DataConfig, tokenizer: Tokenizer) -> DualEncoder:
     """A freshly initialised model for this tokenizer."""
-    return DualEncoder(model, **_text_sizes(tokenizer, data))
+    return DualEncoder(model, **_text_sizes(tokenizer, data), frames=data.frames)
 
 
 def _text_sizes(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
@@ -130,7 +134,7 @@ def load(
     # the weights come from the safetensors file: nothing is fetched, and no tower reads another file
     config.vision.pretrained = config.text.pretrained = False
     data = validate(DataConfig, {"root": str(folder), **document["data"]}, f"{folder}/config.json")
-    model = DualEncoder(config, **document["text"])
+    model = DualEncoder(config, **document["text"], frames=data.frames)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS, device="cpu"))
     except (RuntimeError, SafetensorError) as error:
@@ -153,14 +157,13 @@ class Encoder:
     def device(self) -> torch.device:
         return self.model.logit_scale.device
 
-    def encode_image(
-        self, images: Image.Image | Sequence[Image.Image] | Tensor, *, normalize: bool = True, batch_size: int = 256
-    ) -> Tensor:
+    def encode_image(self, images: Images, *, normalize: bool = True, batch_size: int = 256) -> Tensor:
         """Images -> float32 [n, embed_dim], of unit length unless ``normalize`` is False.
 
         Args:
             images: a PIL image, a sequence of them (any size and mode), or an uint8 tensor [n, C, H, W] that has
-                the model's size already.
+                the model's size already. A model of clips takes a sequence of clips, each as many PIL images as
+                ``data.frames`` says, or uint8 [n, T, C, H, W].
         """
         return torch.cat([part.pooled.float() for part in self._embed_images(images, normalize, batch_size)])
 
@@ -168,9 +171,7 @@ class Encoder:
         """Texts -> float32 [n, embed_dim], of unit length unless ``normalize`` is False."""
         return torch.cat([part.pooled.float() for part in self._embed_texts(texts, normalize, batch_size)])
 
-    def encode_image_tokens(
-        self, images: Image.Image | Sequence[Image.Image] | Tensor, *, normalize: bool = True, batch_size: int = 256
-    ) -> Tokens:
+    def encode_image_tokens(self, images: Images, *, normalize: bool = True, batch_size: int = 256) -> Tokens:
         """Images as for :meth:`encode_image` -> their patches: float32 [n, patches, dim] and a mask bool [n, patches].
 
         Of unit length unless ``normalize`` is False; ``pairtile.kernels.maxsim`` takes both.
@@ -187,14 +188,13 @@ class Encoder:
         return self._tokens(self._embed_texts(texts, normalize, batch_size))
 
     @torch.inference_mode()
-    def _embed_images(
-        self, images: Image.Image | Sequence[Image.Image] | Tensor, normalize: bool, batch_size: int
-    ) -> list[Embedded]:
+    def _embed_images(self, images: Images, normalize: bool, batch_size: int) -> list[Embedded]:
         if isinstance(images, Image.Image):
             images = [images]
         if not isinstance(images, Tensor):
-            images = torch.stack([self.transform(image) for image in images]) if len(images) else self._no_images()
-        expected = (self.model.config.vision.channels, *[self.model.config.vision.image_size] * 2)
+            every = [self.transform(image) for image in images]
+            images = torch.stack(every) if every else torch.empty((0, *self.transform.shape), dtype=torch.uint8)
+        expected = self.transform.shape
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != expected:
             raise ValueError(
                 f"images: got {images.dtype} {list(images.shape)}, expected uint8 [n, {', '.join(map(str, expected))}]; "
@@ -213,10 +213,6 @@ class Encoder:
     def _tokens(parts: list[Embedded]) -> Tokens:
         every = [required_tokens(part.tokens) for part in parts]
         return Tokens(torch.cat([part.tokens.float() for part in every]), torch.cat([part.mask for part in every]))
-
-    def _no_images(self) -> Tensor:
-        vision = self.model.config.vision
-        return torch.empty((0, vision.channels, vision.image_size, vision.image_size), dtype=torch.uint8)
 
 
 __all__: list[Any] = ["Encoder", "build_model", "export", "find_model", "load", "write_model_folder"]

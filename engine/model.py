@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .clips import add_frame_positions, check_clips, mean_over_clip, tokens_of_clip
 from .errors import PairtileError
+from .merging import merge_tokens_in
 from .recipe import ModelConfig
 from .tokens import FeatureMap, Tokens, mean_of_tokens, patch_tokens, return_feature_map, word_mask
 from .towers import build_text, build_vision, enable_activation_checkpointing, pool_hidden_states, portable
@@ -61,6 +63,9 @@ class DualEncoder(nn.Module):
     With ``config.tokens`` there are two more, of the patches and of the words (as in FILIP). Where ``config.embed_dim`` is
     None those are the only ones, and the pooled embedding of an image or a text is the mean of its tokens', normalised.
 
+    With ``frames`` an image is a clip [n, frames, C, H, W]. The image tower takes its frames as images, and the features
+    that it returns for a clip are averaged: one for each frame, or fewer where ``token_merging.clips`` joins them.
+
     ``logit_scale`` holds the logarithm of the scale, in shape [1] because DeepSpeed's broadcast refuses 0-dim
     parameters; it stays float32 whatever the precision of training.
     """
@@ -73,8 +78,10 @@ class DualEncoder(nn.Module):
         pad_id: int,
         context_length: int,
         special_ids: Sequence[int] = (),
+        frames: int | None = None,
     ) -> None:
         super().__init__()
+        self.frames = frames
         self.vision, vision_dim, self.patch_dim = build_vision(config.vision)
         self.text, text_dim = build_text(
             config.text, vocab_size=vocab_size, pad_id=pad_id, context_length=context_length
@@ -85,6 +92,8 @@ class DualEncoder(nn.Module):
         self.patch_projection, self.word_projection = _projections(self.patch_dim, text_dim, token_dim)
         if config.tokens is not None and config.vision.target is None:
             return_feature_map(self.vision)
+        self.frame_positions = add_frame_positions(self.vision, frames)
+        self.merge_tokens(config)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.init_logit_scale)]))
         self.logit_bias = (
             None if config.init_logit_bias is None else nn.Parameter(torch.tensor([config.init_logit_bias]))
@@ -112,8 +121,21 @@ class DualEncoder(nn.Module):
             self.text.eval()
         return self
 
+    def merge_tokens(self, config: ModelConfig, *, trace_source: bool = False) -> None:
+        """Merge tokens in both towers as ``config`` says, whatever they did before; the weights stay as they are.
+
+        ``trace_source`` keeps, of the image tower, what ``merged_sources`` of ``pairtile.kernels.token_merging`` returns.
+
+        Raises:
+            PairtileError: a tower whose tokens cannot be merged so.
+        """
+        vision, text = config.vision.token_merging, config.text.token_merging
+        merge_tokens_in(self.vision, vision, "model.vision", frames=self.frames, trace_source=trace_source)
+        # pooling by the mask, and late interaction, find every word at its place
+        merge_tokens_in(self.text, text, "model.text", restore=True)
+
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
-        """images uint8 [n, C, H, W] -> [n, embed_dim], of unit length in float32 unless ``normalize`` is False."""
+        """images uint8 [n, C, H, W], or clips [n, T, C, H, W] -> [n, embed_dim], of unit length in float32 unless ``normalize`` is False."""
         return self.embed_image(images, normalize).pooled
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor, normalize: bool = True) -> Tensor:
@@ -129,23 +151,28 @@ class DualEncoder(nn.Module):
         return required_tokens(self.embed_text(input_ids, attention_mask, normalize).tokens)
 
     def embed_image(self, images: Tensor, normalize: bool = True) -> Embedded:
-        """Both kinds of embeddings of images uint8 [n, C, H, W], from one pass through the tower."""
+        """Both kinds of embeddings of images uint8 [n, C, H, W], or clips, from one pass through the tower."""
+        check_clips(images, self.frames)
         pixels = torch.addcmul(self.get_buffer("pixel_shift"), images.float(), self.get_buffer("pixel_scale"))
+        if self.frames is not None:
+            pixels = pixels.flatten(0, 1)
         if self.config.vision.channels_last:
             # the images alone: ZeRO flattens weights and gradients and needs them contiguous
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         features = self.vision(pixels)
         if self.config.tokens is None:
+            features = mean_over_clip(features, len(images))
             return Embedded(_projected(features, self.vision_projection, normalize), None)
         pooled, features = features if isinstance(features, FeatureMap) else (None, features)
         patches = patch_tokens(features, self.vision, self.patch_dim, prefix_tokens=self.config.tokens.prefix_tokens)
+        patches = tokens_of_clip(patches, len(images))
         tokens = Tokens(
             _projected(patches, self.patch_projection, normalize),
             torch.ones(patches.shape[:2], dtype=torch.bool, device=patches.device),
         )
         if self.vision_projection is None:
             return Embedded(mean_of_tokens(tokens, normalize), tokens)
-        pooled = patches.mean(1) if pooled is None else pooled
+        pooled = patches.mean(1) if pooled is None else mean_over_clip(pooled, len(images))
         return Embedded(_projected(pooled, self.vision_projection, normalize), tokens)
 
     def embed_text(self, input_ids: Tensor, attention_mask: Tensor, normalize: bool = True) -> Embedded:

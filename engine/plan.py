@@ -69,7 +69,8 @@ def open_split(recipe: Recipe, shards: str | list[str], tokenizer: Tokenizer, *,
 def check_forward(model: DualEncoder, recipe: Recipe) -> None:
     """Send one blank pair through the towers, so that sizes which do not fit are told before training starts."""
     vision = recipe.model.vision
-    image = torch.zeros(1, vision.channels, vision.image_size, vision.image_size, dtype=torch.uint8)
+    clip = () if model.frames is None else (model.frames,)
+    image = torch.zeros(1, *clip, vision.channels, vision.image_size, vision.image_size, dtype=torch.uint8)
     tokens = torch.zeros(1, recipe.data.context_length, dtype=torch.int64)
     training = model.training
     model.eval()

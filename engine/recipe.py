@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from .data import CaptionChoice, DataConfig
 from .errors import RecipeError
 from .evaluate import ClassificationConfig
+from .merging import TokenMergingConfig
 from .presets import expand_preset
 from .strict import StrictModel
 
@@ -42,6 +43,7 @@ class VisionConfig(StrictModel):
     channels_last: bool = Field(False, description="memory format of the images; faster for convolutions")
     pretrained: bool = False
     frozen: bool = False
+    token_merging: TokenMergingConfig | None = Field(None, description="none: every layer keeps all tokens")
 
     @model_validator(mode="after")
     def _pixel_statistics(self) -> VisionConfig:
@@ -83,6 +85,7 @@ class TextConfig(StrictModel):
     )
     pretrained: bool = False
     frozen: bool = False
+    token_merging: TokenMergingConfig | None = Field(None, description="none: every layer keeps all tokens")
 
     @model_validator(mode="after")
     def _one_source(self) -> TextConfig:
@@ -143,6 +146,9 @@ class TrainConfig(StrictModel):
         gt=0, description="pairs of one contrastive batch over all ranks; its other pairs are the negatives"
     )
     accumulation: int = Field(1, gt=0, description="batches per optimiser step; adds no negatives")
+    cache_chunk: int | None = Field(
+        None, gt=0, description="pairs that a rank embeds at a time; the negatives stay those of the whole batch"
+    )
     steps: int | None = Field(None, gt=0, description="optimiser steps; give this or epochs")
     epochs: float | None = Field(None, gt=0)
     lr: float = Field(1e-3, gt=0)
@@ -159,6 +165,11 @@ class TrainConfig(StrictModel):
     seed: int = 0
     threads: int | None = Field(
         None, gt=0, description="CPU threads per rank; none: the cores divided by the local ranks"
+    )
+    timeout_minutes: float = Field(
+        30.0,
+        gt=0,
+        description="without any movement of a rank, after which all stop and say which one; of several ranks",
     )
     log_every: int = Field(10, gt=0)
     eval_every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")

@@ -32,14 +32,16 @@ from .checkpoint import (
 )
 from .data import Batch, build_loader
 from .deepspeed_config import deepspeed_config
-from .errors import PairtileError, RecipeError
+from .errors import PairtileError, RankFailure, RecipeError
 from .evaluation import RESULTS, evaluate_model, headline, open_splits
 from .export import build_model
+from .gradient_cache import check_batch_statistics
 from .guard import GradientGuard
 from .incidents import BAD_BATCHES, SKIPPED, count_skipped, non_finite, report_bad_batch, stop_if_hopeless
 from .model import DualEncoder, DualOutput
 from .objectives import WeightedSum, check_objectives
 from .optimizer import build_optimizer, learning_rate
+from .passes import Passes
 from .plan import (
     check_batch,
     check_forward,
@@ -54,6 +56,7 @@ from .recipe import Recipe, load_recipe
 from .runtime import Runtime, environment_rank, seed_step, start
 from .statistics import in_batch_accuracy
 from .versions import write_config
+from .watch import EXIT_OTHER_RANK, Watch
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,21 @@ def train(recipe: Recipe) -> TrainResult:
     Raises:
         PairtileError: something in the recipe, the data or the file system has to be mended by a person.
     """
-    with termination_requested() as requested:
-        return _train(recipe, requested)
+    with termination_requested() as requested, Watch() as watch:
+        return _train(recipe, requested, watch)
 
 
-def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
+def _train(recipe: Recipe, requested: Callable[[], bool], watch: Watch) -> TrainResult:
     # What can be wrong is found before anything is started.
     check_objectives(recipe.objectives)
     check_batch(recipe, environment_rank()[2])
     check_run_dir(recipe)
     dataset, tokenizer = open_training_data(recipe)
     splits = open_splits(recipe, tokenizer)
-    runtime = start(recipe.train.threads)
+    timeout = recipe.train.timeout_minutes
+    # the watch, which names the rank that hangs, speaks before the exchange that waits for it gives up
+    runtime = start(recipe.train.threads, timeout_minutes=timeout + 2)
+    watch.begin(runtime.rank, runtime.world_size, timeout=60 * timeout, device=runtime.device)
 
     # The model. Every rank draws the same weights from the seed; DeepSpeed broadcasts those of rank 0 all the same.
     torch.manual_seed(recipe.train.seed)
@@ -91,6 +97,8 @@ def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
     check_forward(model, recipe)
     if recipe.train.activation_checkpointing:
         model.enable_activation_checkpointing()
+    if recipe.train.cache_chunk is not None:
+        check_batch_statistics(model.train())
     objective = WeightedSum(recipe.objectives, runtime.group)
     steps = total_steps(recipe, len(dataset))
     guard = GradientGuard(model)
@@ -108,6 +116,7 @@ def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
     source = find_source(run_dir, layout, model.config, runtime, resume=recipe.resume == "auto")
     engine = initialize(model.to(runtime.device), recipe, runtime, universal=source.universal)
     load_checkpoint(source, engine)
+    passes = Passes.of(engine, recipe.train, runtime)
     state = source.state
     describe = {"model": model.config, "data": recipe.data, "tokenizer": tokenizer}
     if runtime.is_main:
@@ -131,6 +140,7 @@ def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
         due = state.step == steps or is_due(state.step, recipe.train.eval_every)
         if not splits or not due or (folder / RESULTS).is_file():
             return {}
+        watch.at(state.step, "evaluation")
         _, metrics = evaluate_model(model, splits, recipe.eval, runtime, folder, precision=recipe.train.precision)
         log.evaluation(state.step, metrics)
         log.say(headline(metrics))
@@ -150,10 +160,13 @@ def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
             engine.train()
             losses: list[dict[str, Tensor]] = []
             while len(losses) < recipe.train.accumulation:
-                batch = next(loader)
+                watch.at(state.step + 1, "data")
+                batch = next_batch(loader, state, runtime)
                 count_skipped(batch, state, run_dir)
                 seed_step(recipe.train.seed, runtime.rank, state.batch_index)
-                output = forward(engine, batch, runtime)
+                watch.at(state.step + 1, "forward")
+                output = passes.forward(batch)
+                watch.at(state.step + 1, "loss")
                 terms = objective.terms(output, batch)
                 loss = torch.stack(list(terms.values())).sum()
                 flags = runtime.gather_flags(*non_finite(output, loss), requested())
@@ -164,7 +177,8 @@ def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
                     report_bad_batch("the loss is not finite; batch skipped", batch, state, flags, run_dir, runtime)
                     stop_if_hopeless(bad_in_a_row, recipe, state)
                     continue
-                engine.backward(loss)
+                watch.at(state.step + 1, "backward")
+                passes.backward(loss)
                 flags = runtime.gather_flags(guard.take())
                 if any(flag[0] for flag in flags):
                     bad_in_a_row += 1
@@ -173,7 +187,8 @@ def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
                 else:
                     bad_in_a_row = 0
                 norm = gradient_norm(engine) if logged else None
-                engine.step()
+                watch.at(state.step + 1, "optimiser step")
+                passes.step()
                 losses.append({name: value.detach() for name, value in terms.items()})
             state.step += 1
             state.seconds += time.perf_counter() - began
@@ -181,6 +196,7 @@ def _train(recipe: Recipe, requested: Callable[[], bool]) -> TrainResult:
             if logged:
                 log.train(state.step, statistics(losses, output, norm, lr, runtime))
             log.pause()
+            watch.at(state.step, "checkpoint")
             if state.step == steps or interrupted or is_due(state.step, recipe.train.save_every):
                 save_checkpoint(checkpoints, engine, state, layout, runtime, describe, recipe.train.keep_last)
             if not interrupted:
@@ -224,17 +240,15 @@ def rewind_run(run_dir: Path, state: TrainerState) -> None:
             shutil.rmtree(folder)
 
 
-def forward(engine: Any, batch: Batch, runtime: Runtime) -> DualOutput:
-    """The batch through both towers. A rank whose samples were all bad still takes part, with a blank pair.
-
-    ZeRO-3 gathers parameters inside forward, so a rank that left it out would leave the others waiting.
-    """
-    batch = batch.to(runtime.device)
-    if len(batch.images):
-        return engine(batch.images, batch.input_ids, batch.attention_mask)
-    blank = (batch.images.new_zeros(1, *batch.images.shape[1:]), batch.input_ids.new_zeros(1, batch.input_ids.shape[1]))
-    output = engine(*blank, torch.ones_like(blank[1], dtype=torch.bool))
-    return output.without_rows()
+def next_batch(loader: Iterator[Batch], state: TrainerState, runtime: Runtime) -> Batch:
+    """The next batch. Raises :class:`PairtileError` if there is none: the other ranks would wait for this one."""
+    batch = next(loader, None)
+    if batch is None:
+        raise PairtileError(
+            f"the loader of rank {runtime.rank} ended before batch {state.batch_index}; every rank needs the same number of "
+            "batches, so it must not end: leave out at the end of an epoch what does not fill a batch on all ranks"
+        )
+    return batch
 
 
 def gradient_norm(engine: Any) -> Callable[[], float | None]:
@@ -288,7 +302,7 @@ def termination_requested() -> Iterator[Callable[[], bool]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry; returns the exit code: 0 done or asked to stop, 2 something to mend."""
+    """Command line entry; returns the exit code: 0 done or asked to stop, 2 something to mend, 3 another rank failed."""
     parser = argparse.ArgumentParser(prog="python -m pairtile.engine.train", description=__doc__)
     parser.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with pairtile")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.lr=0.001")
@@ -312,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except PairtileError as error:
         print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        return 2
+        return EXIT_OTHER_RANK if isinstance(error, RankFailure) else 2
     return 0
 
 

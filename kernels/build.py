@@ -21,6 +21,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -197,18 +198,22 @@ def load_library(library: Path) -> None:
 
 
 def build(*, verbose: bool = False) -> Path | None:
-    """Compile the C++ operators for this machine, unless that is done, and load them.
+    """Compile the C++ operators for this machine, unless that is done, and load them; for GPUs, the CUDA operators too.
 
     Takes a minute or two the first time and milliseconds afterwards. Safe to call from several processes at once,
-    and after one of them was killed in the middle. The first operator that runs on the CPU does the same.
+    and after one of them was killed in the middle. The first operator that runs on the CPU, or on a GPU, does the same.
 
     Args:
         verbose: show the compiler's commands and output.
 
     Returns:
-        The shared library; None, after one warning, if this machine cannot build it. The `torch` backend needs
-        no build.
+        The shared library for the CPU; None, after one warning, if this machine cannot build it. The `torch` backend
+        needs no build.
     """
+    from .build_cuda import build_cuda, cuda_is_asked_for  # here, since that module asks this one in turn
+
+    if cuda_is_asked_for():
+        build_cuda(verbose=verbose)
     library, obstacle = _attempt(verbose)
     if obstacle is not None:
         warn_of(obstacle)
@@ -266,12 +271,35 @@ def warn_once(message: str) -> None:
 
 
 def _compile(verbose: bool) -> Path:
+    flags = _flags(compiler() or "")
+    return compile_library(
+        _LIBRARY,
+        build_directory(),
+        sources(),
+        verbose,
+        extra_cflags=list(flags),
+        extra_ldflags=list(_link_flags(flags)),
+    )
+
+
+def compile_library(name: str, into: Path, of: list[Path], verbose: bool, **options: Any) -> Path:
+    """Compile sources into `into`/`name`.so, unless another process does it first.
+
+    Args:
+        name: of the library.
+        into: the directory of this build, made if missing.
+        of: the sources.
+        verbose: show the compilers' commands and output.
+        options: of torch.utils.cpp_extension.load.
+
+    Raises:
+        ImportError, OSError, RuntimeError, subprocess.SubprocessError: what is missing, or what the compilers say.
+    """
     # Imported here: it needs setuptools, which a machine without compilers may not have either.
     from torch.utils import cpp_extension
 
-    compiler_path = compiler() or ""
-    with exclusive_build(build_directory()) as directory:
-        library = directory / f"{_LIBRARY}.so"
+    with exclusive_build(into) as directory:
+        library = directory / f"{name}.so"
         if library.exists():  # another process built it while this one waited
             return library
         # Built beside and moved, so that a library that exists is a library that is whole.
@@ -281,19 +309,18 @@ def _compile(verbose: bool) -> Path:
         os.environ["PATH"] = _search_path()
         try:
             cpp_extension.load(
-                name=_LIBRARY,
-                sources=[str(source) for source in sources()],
-                extra_cflags=list(_flags(compiler_path)),
-                extra_ldflags=list(_link_flags(_flags(compiler_path))),
+                name=name,
+                sources=[str(source) for source in of],
                 build_directory=str(workspace),
                 is_python_module=False,
                 verbose=verbose,
+                **options,
             )
         finally:
             if path is None:
                 del os.environ["PATH"]
             else:
                 os.environ["PATH"] = path
-        os.replace(workspace / f"{_LIBRARY}.so", library)
+        os.replace(workspace / f"{name}.so", library)
         shutil.rmtree(workspace, ignore_errors=True)
         return library

@@ -11,6 +11,7 @@ import torch
 
 from .backends import BACKENDS, expected_backend
 from .build import built_library, compiler, load_library, missing_tool
+from .build_cuda import built_cuda_library, cuda_is_asked_for, missing_cuda_tool
 
 _DISTRIBUTIONS = ("pairtile", "torch", "triton", "flash-attn", "ninja", "deepspeed")
 
@@ -25,6 +26,7 @@ class Info:
         devices: name of each device that torch can use, by its torch name ("cpu", "cuda:0").
         compiler: path of the C++ compiler, None without one.
         extension: state of the C++ build: its path, or why there is none.
+        cuda_extension: state of the CUDA build: its path, or why there is none.
         cpu_features: what the C++ build reports; empty as long as it is not built.
         backends: what each backend is.
         serves: for each device type, the backend that serves it now and the reason.
@@ -35,6 +37,7 @@ class Info:
     devices: dict[str, str]
     compiler: str | None
     extension: str
+    cuda_extension: str
     cpu_features: dict[str, str]
     backends: dict[str, str]
     serves: dict[str, tuple[str, str]]
@@ -44,6 +47,7 @@ class Info:
             "versions": {name: version or "not installed" for name, version in self.versions.items()},
             "machine": {"platform": self.platform, **self.devices},
             "c++ build": {"compiler": self.compiler or "none found", "library": self.extension, **self.cpu_features},
+            "cuda build": {"library": self.cuda_extension},
             "backends": self.backends,
             "served by": {device: f"{backend} ({reason})" for device, (backend, reason) in self.serves.items()},
         }
@@ -66,6 +70,7 @@ def info() -> Info:
         devices=devices,
         compiler=compiler(),
         extension=extension,
+        cuda_extension=_cuda_extension(),
         cpu_features=cpu_features,
         backends=dict(BACKENDS),
         serves={kind: expected_backend(torch.device(kind)) for kind in {name.split(":")[0]: None for name in devices}},
@@ -92,6 +97,15 @@ def _extension() -> tuple[str, dict[str, str]]:
     except OSError as error:
         return f"{library} cannot be loaded: {error}", {}
     return str(library), dict(torch.ops.pairtile.cpu_features())
+
+
+def _cuda_extension() -> str:
+    if not cuda_is_asked_for():
+        return "nothing to build for: no GPU, or PAIRTILE_CUDA says no"
+    if (library := built_cuda_library()) is not None:
+        return str(library)
+    lacking = missing_cuda_tool()
+    return f"cannot be built: {lacking}" if lacking else "not built yet (pairtile.kernels.build() does it)"
 
 
 if __name__ == "__main__":

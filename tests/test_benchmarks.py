@@ -40,6 +40,9 @@ from benchmarks import (  # noqa: E402
     test_contrastive,
     test_late_interaction,
     test_objectives,
+    test_token_merging,
+    test_token_merging_vit,
+    token_merging_vit,
     work,
 )
 
@@ -109,8 +112,8 @@ def test_rounds_begin_with_each_contender_in_turn():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harness, "_LEAST_BURST", 0.0)
         measured = harness.timed(calls, 4, between=lambda: samples.append(len(order)))
-    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "abc"
-    assert samples == [3, 9, 15], "before, halfway through and after the rounds"
+    assert "".join(order) == "abc" + "aabbcc" + "bbccaa" + "ccaabb" + "aabbcc", "once unmeasured, once measured"
+    assert samples == [3, 15, 27], "before, halfway through and after the rounds"
     assert all(len(each.seconds) == 4 for each in measured.values())
 
 
@@ -276,3 +279,39 @@ def test_ragged_documents_are_padded_before_the_clock_runs():
     assert torch.equal(mask.sum(1), leaves[2])
     assert torch.equal(padded[mask], leaves[1])
     torch.testing.assert_close(late_interaction.dense_ragged(q, padded, mask), late_interaction.our_ragged(*leaves))
+
+
+@pytest.mark.parametrize("name", ["tome", "pitome"])
+def test_rows_of_the_token_merging_suite(name, quick):
+    found = quick(test_token_merging.case_of(name, "forward + backward", 33, 8, 3.0, batch=2))
+    assert set(found.measured) >= {found.subject, "eager"}
+    # Float32's rounding of averages of at most 16 tokens.
+    assert all(error < 1e-6 for each in found.measured.values() for error in each.errors.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_whole_vision_transformer(dtype, quick, monkeypatch):
+    """Ours and ToMe written out give the same logits; the model without merging is timed beside them, not compared."""
+    monkeypatch.setattr(token_merging_vit, "MODEL", "vit_tiny_patch16_224")
+    case = test_token_merging_vit.case_of(dtype, 8, batch=1)
+    if all(each.missing for each in case.contenders if each.ours):
+        pytest.skip(case.contenders[0].missing)
+    found = quick(case, rounds=1)
+    assert list(found.measured) == [each.name for each in case.contenders]
+    (judgement,) = found.judgements
+    assert judgement.measured == pytest.approx(
+        found.median(token_merging_vit.UNMERGED)
+        / found.median()
+        / (token_merging_vit.flops(1, 224, 0) / case.work.flops)
+    )
+
+
+def test_flops_of_a_vision_transformer_are_torchs_own_count():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    images = torch.zeros(1, 3, 224, 224, device="meta")
+    with torch.device("meta"):
+        model = token_merging_vit.timm.create_model(token_merging_vit.MODEL)
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    assert token_merging_vit.flops(1, 224, 0) == counter.get_total_flops()

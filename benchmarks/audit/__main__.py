@@ -20,8 +20,7 @@ from . import table
 from .cases import headline, shipped, spanning
 from .check import checked
 from .examine import Examiner, label_of
-from .late_interaction import LateRequest
-from .launches import Overrides, recorded
+from .launches import AnyRequest, Overrides, recorded
 from .peer_figures import peers_of
 from .requests import Request
 from .targets import TARGETS, Target, compiling_for
@@ -73,7 +72,7 @@ def _override(text: str) -> tuple[str, Config]:
     return found[1], Config(*(int(each) for each in found.groups()[1:] if each is not None))
 
 
-def _show(target: Target, request: Request | LateRequest, only: str, peers: bool, overrides: Overrides) -> None:
+def _show(target: Target, request: AnyRequest, only: str, peers: bool, overrides: Overrides) -> None:
     launches = recorded(request, target, overrides)
     chosen = [each for each in launches if only in f"{request} {label_of(each)}"]
     if not chosen:
@@ -86,7 +85,7 @@ def _show(target: Target, request: Request | LateRequest, only: str, peers: bool
             if examined[-1].identity not in seen:
                 seen.add(examined[-1].identity)
                 print(table.line(examined[-1]), flush=True)
-    if isinstance(request, LateRequest):
+    if not isinstance(request, Request):
         if peers:
             print("\n".join(table.peer_lines(peers_of(target.arch, request.name))))
     elif len(chosen) == len(launches) and all(each.usual for each in examined):

@@ -8,9 +8,11 @@ import torch
 
 from pairtile.kernels.contrastive.triton_kernels.configurations import PRECISIONS, offered
 
-from .late_interaction import LateRequest, late_headline, late_shipped, late_spanning
-from .requests import BATCH, REQUESTS, Request, request
+from .late_interaction import late_headline, late_shipped, late_spanning
+from .launches import AnyRequest
+from .requests import BATCH, REQUESTS, request
 from .targets import Target
+from .token_merging import token_headline, token_shipped, token_spanning
 
 # Primes: kernels are compiled apart for sizes that 16 divides. The first batch takes several panels, the second one.
 _ODD_BATCH, _ODD_PANEL, _ODD_WIDTH = 65_521, 8_191, 509
@@ -20,7 +22,7 @@ KINDS = tuple((dtype, "ieee") for dtype in (torch.bfloat16, torch.float16)) + tu
 )
 
 
-def headline() -> Iterator[Request | LateRequest]:
+def headline() -> Iterator[AnyRequest]:
     """The table: the sizes that peers advertise, bfloat16 first."""
     yield request("CLIP", torch.bfloat16, 512)
     yield request("SigLIP", torch.bfloat16, 768)
@@ -30,9 +32,10 @@ def headline() -> Iterator[Request | LateRequest]:
     for dtype, precision in KINDS[1:]:
         yield request("CLIP", dtype, 512, precision)
     yield from late_headline()
+    yield from token_headline()
 
 
-def shipped(target: Target) -> Iterator[Request | LateRequest]:
+def shipped(target: Target) -> Iterator[AnyRequest]:
     """Every configuration that ships for the target: with descriptors and with pointers, for sizes that a tile divides
     and for sizes that nothing divides, at widths that take narrower blocks of the products.
 
@@ -53,9 +56,10 @@ def shipped(target: Target) -> Iterator[Request | LateRequest]:
     for aligned, width in ((True, 512), (False, _ODD_WIDTH)):
         yield request("CLIP", torch.bfloat16, width, aligned=aligned, batch=_ODD_BATCH)
     yield from late_shipped(target)
+    yield from token_shipped(target)
 
 
-def spanning(target: Target) -> Iterator[Request | LateRequest]:
+def spanning(target: Target) -> Iterator[AnyRequest]:
     """A few of them that touch every kernel and every line of the check, within seconds: a batch of one panel."""
     batch = BATCH // 8
     asked = {
@@ -67,3 +71,4 @@ def spanning(target: Target) -> Iterator[Request | LateRequest]:
     for name, dtype, precision in asked[target.arch]:
         yield request(name, dtype, 512, precision, batch=batch)
     yield from late_spanning(target)
+    yield from token_spanning(target)

@@ -7,9 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from .examine import Examiner, label_of
-from .late_interaction import LateRequest
-from .launches import Overrides, recorded
-from .requests import Request
+from .launches import AnyRequest, Overrides, recorded
 from .targets import Target, compiling_for
 
 
@@ -22,13 +20,13 @@ class Checked:
         violations: each a sentence, and how many of these kernels it was said of.
     """
 
-    request: Request | LateRequest
+    request: AnyRequest
     kernels: int
     violations: Counter[str]
 
 
 def checked(
-    target: Target, requests: Iterable[Request | LateRequest], only: str = "", overrides: Overrides | None = None
+    target: Target, requests: Iterable[AnyRequest], only: str = "", overrides: Overrides | None = None
 ) -> Iterator[Checked]:
     """Each request's violations, as it is done. A kernel that several requests share is examined once."""
     examiner = Examiner(target)

@@ -10,12 +10,12 @@ import torch
 
 from .count import Account, Product, account, resident
 from .hard_lines import amd_violations, nvidia_violations
-from .late_interaction import LateRequest, late_label
-from .launches import Launch
+from .late_interaction import late_label
+from .launches import AnyRequest, Launch
 from .machine_code import Program, disassembled
-from .requests import Request
 from .targets import Target
-from .work import LATE, Work, work_of
+from .token_merging import token_label
+from .work import LATE, TOKENS, Work, work_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Examiner:
         self._programs: dict[str, Program] = {}
         self._accounts: dict[tuple[str, Work], tuple[Account, Account]] = {}
 
-    def examine(self, launch: Launch, request: Request | LateRequest) -> Examined:
+    def examine(self, launch: Launch, request: AnyRequest) -> Examined:
         product, work = product_of(launch, request), work_of(launch)
         try:
             compiled = launch.compiled()
@@ -80,9 +80,9 @@ class Examiner:
         )
 
 
-def product_of(launch: Launch, request: Request | LateRequest) -> Product | None:
+def product_of(launch: Launch, request: AnyRequest) -> Product | None:
     """How the kernel multiplies; None if it does not."""
-    if launch.name in ("merge_partials", "gather_sum"):
+    if launch.name in ("merge_partials", "gather_sum", "combine_rows", "spread_rows"):
         return None
     if request.dtype != torch.float32:
         return Product("16")
@@ -117,6 +117,8 @@ def label_of(launch: Launch) -> str:
         parts.append({0: "lse", 1: "softplus", 3: "mean", 4: "hinge", 5: "count"}[given["KIND"]])
     if launch.name in LATE:
         parts += late_label(given)
+    if launch.name in TOKENS:
+        parts += token_label(given)
     if given.get("CONTINUE"):
         parts.append("+=")
     if is_guarded(launch):

@@ -22,7 +22,10 @@ from pairtile.kernels.contrastive.triton_kernels.configurations import Config, p
 from .late_interaction import LateRequest
 from .requests import Request
 from .targets import Target
+from .token_merging import TokenRequest
 
+#: What the audit can be asked for.
+AnyRequest = Request | LateRequest | TokenRequest
 #: kernel of `pick_config` -> the configuration to take in place of the shipped one.
 Overrides = Mapping[str, Config]
 
@@ -84,14 +87,14 @@ def _located(value: Any) -> Any:
     return value
 
 
-def recorded(request: Request | LateRequest, target: Target, overrides: Overrides | None = None) -> list[Launch]:
+def recorded(request: AnyRequest, target: Target, overrides: Overrides | None = None) -> list[Launch]:
     """Every launch of a forward and a backward with all gradients, in order.
 
     The host code runs as it is, on tensors without memory: it never looks at a value, which would stall a GPU.
     """
     launches: list[Launch] = []
     with _recording(launches, target, overrides or {}) as phase:
-        if isinstance(request, LateRequest):
+        if not isinstance(request, Request):
             request.launch(phase)
             return launches
         settings = Settings(checked_budget(None, "triton"), request.precision)

@@ -75,6 +75,24 @@ def _pairs_of_sets(launch: Launch) -> Work:
     return Work(flops, cdiv(longest, config.block_n), 0, _name(config))
 
 
+def _pairs_of_tokens(launch: Launch) -> Work:
+    """`partner_sweep`, `energy_sweep`: some rows of a sample beside all that they may meet, of LATER half of them in the mean.
+    The account is of one loop: where D is streamed too, its FLOPs are not told."""
+    config, given = launch.config, launch.arguments
+    assert config is not None
+    if not given["WHOLE"]:
+        return Work(0, 1, 0, _name(config))
+    held, streamed = given["x"].rows, given.get("y", given["x"]).rows
+    flops = 2 * min(config.block_m, held) * streamed * given["d"]
+    return Work(flops, cdiv(streamed, config.block_n), 0, _name(config))
+
+
+def _rows_of_tokens(launch: Launch) -> Work:
+    """`combine_rows`, `spread_rows`: rows of what is written."""
+    given = launch.arguments
+    return Work(0, 1, 0, f"{given['ROWS']}x{given['COLS']}")
+
+
 def _gathered_rows(launch: Launch) -> Work:
     """`gather_sum`: rows of one side, what they sum streamed."""
     given = launch.arguments
@@ -87,10 +105,16 @@ _WORK = {
     "add_product": _block_of_gradient,
     "merge_partials": _owners,
     "gather_sum": _gathered_rows,
+    "partner_sweep": _pairs_of_tokens,
+    "energy_sweep": _pairs_of_tokens,
+    "combine_rows": _rows_of_tokens,
+    "spread_rows": _rows_of_tokens,
 } | dict.fromkeys(("max_sweep", "max_long", "soft_sweep", "soft_gradient"), _pairs_of_sets)
 
 #: Kernels of late interaction.
 LATE = ("max_sweep", "max_long", "soft_sweep", "soft_gradient", "gather_sum")
+#: Kernels of token merging.
+TOKENS = ("partner_sweep", "energy_sweep", "combine_rows", "spread_rows")
 
 
 def _itemsize(source: Any) -> int:

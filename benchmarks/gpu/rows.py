@@ -14,6 +14,7 @@ from ..harness import Prepare, forward_alone
 from ..work import Work
 from . import contenders as who
 from . import late_interaction as late
+from . import token_merging as merging
 from .measure import GpuCase
 
 #: Features and logits of 8 bits: a dense form rounds each logit, by 0.02 where they are around 4.
@@ -25,6 +26,9 @@ TF32_AGREEMENT = 1e-2
 
 #: Where products are rounded to 8 bits one maximum in a hundred goes to a runner-up, and with it a tenth of the gradient's norm.
 CHOICE_AGREEMENT = 0.2
+
+#: Where two of 10,000 similarities are equal but for rounding, a token goes elsewhere: 1% of the norm for each.
+MATCHING_AGREEMENT = 0.05
 
 #: Float64 holds half a dozen batch x batch matrices: 3 GB here, 200 GB at 65,536. Larger rows have no error columns.
 LARGEST_EXACT_BATCH = 8192
@@ -212,6 +216,26 @@ def token_work(x_tokens: int, y_tokens: int, d: int, *, chosen: int, forward: bo
     return Work(2 * d * (x_tokens * y_tokens + 2 * chosen), least_bytes, torch.bfloat16, formula)
 
 
+def tome(batch: int, tokens: int, r: int, width: int = 768, metric_width: int = 64) -> GpuCase:
+    """Matching by keys and size-weighted merge, forward and backward: B N^2 C / 2 for the similarities, tokens moved twice."""
+    moved = 2 * 2 * batch * (2 * tokens - r) * width
+    return GpuCase(
+        name="ToMe bfloat16",
+        inputs=merging.inputs,
+        sizes={"batch": batch, "tokens": tokens, "width": width, "metric_width": metric_width, "r": r},
+        work=Work(
+            2 * batch * (tokens * tokens // 4) * metric_width,
+            moved + 4 * batch * tokens * metric_width,
+            torch.float32,
+            "B N^2 C / 2",
+        ),
+        contenders=merging.contenders(r),
+        agreement=MATCHING_AGREEMENT,
+        results=("merged", "sizes", "dx"),
+        matrix_gradients=("dx",),
+    )
+
+
 #: siglip-kernel's headline is D = 768, memeff's D = 512, cut-cross-entropy's the head of Gemma 2 (2B); flash-maxsim's are
 #: one query of 32 tokens before 300 each, and ColPali's 1024 before 1024.
 ROWS: dict[str, Callable[[], GpuCase]] = {
@@ -230,6 +254,8 @@ ROWS: dict[str, Callable[[], GpuCase]] = {
     "maxsim-pages": partial(maxsim, 16, 1024, 512, 1024),
     "colbert-128": partial(colbert, 128, 32, 300),
     "filip-512": partial(filip, 512, 196, 32),
+    "tome-197": partial(tome, 256, 197, 16),
+    "tome-1025": partial(tome, 64, 1025, 64),
     "siglip-32768": partial(siglip, 32768, 768),
     "clip-32768": partial(clip, 32768, 512),
 }

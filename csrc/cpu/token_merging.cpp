@@ -4,11 +4,11 @@
 
 #include <c10/util/Exception.h>
 
-#include <cstring>
 #include <vector>
 
 #include "operands.h"
 #include "parallel.h"
+#include "token_output.h"
 #include "token_vec.h"
 
 namespace pairtile {
@@ -26,24 +26,16 @@ Vec load_some(const T* from, int64_t count) {
   return Vec::loadu(lanes);
 }
 
-template <typename T>
-void store_some(Vec v, T* to, int64_t count) {
-  alignas(64) float lanes[kLanes];
-  v.store(lanes);
-  convert_row(lanes, to, count);
-}
-inline void store_some(Vec v, float* to, int64_t count) { v.store(to, count); }
-
 // A token as it is where its share is all of it, so that what is not merged keeps its bits.
 template <typename T>
-void scale_token(const T* from, float factor, float divisor, int64_t width, T* to) {
+void scale_token(const T* from, float factor, float divisor, int64_t width, const TokenOutput<T>& out, int64_t row) {
   if (factor == divisor) {
-    std::memcpy(to, from, width * sizeof(T));
+    out.copy(row, from);
     return;
   }
   for (int64_t c = 0; c < width; c += kLanes) {
     const int64_t count = std::min(kLanes, width - c);
-    store_some(load_some(from + c, count) * Vec(factor) / Vec(divisor), to + c, count);
+    out.put(row, c, load_some(from + c, count) * Vec(factor) / Vec(divisor), count);
   }
 }
 
@@ -77,8 +69,8 @@ class Arrivals {
 template <typename T>
 class Combine {
  public:
-  Combine(const TokenBatch& x, const Moves& moves, Shares shares, T* out)
-      : x_(x), moves_(moves), shares_(shares), out_(out) {}
+  Combine(const TokenBatch& x, const Moves& moves, Shares shares, void* out)
+      : x_(x), moves_(moves), shares_(shares), out_(out, x.batch * moves.count, x.width) {}
 
   void run() const {
     const int64_t step = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, x_.width * sizeof(T)));
@@ -99,9 +91,9 @@ class Combine {
     for (int64_t place = begin; place < end; ++place) {
       const float divisor = shares_.divisors == nullptr ? 1.0f : shares_.divisors[b * moves_.count + place];
       auto factor = [&](int64_t token) { return factors == nullptr ? 1.0f : factors[token]; };
-      T* out = out_ + (b * moves_.count + place) * x_.width;
+      const int64_t row = b * moves_.count + place;
       if (arrivals.first(place) < 0) {
-        scale_token(x + kept[place] * x_.stride, factor(kept[place]), divisor, x_.width, out);
+        scale_token(x + kept[place] * x_.stride, factor(kept[place]), divisor, x_.width, out_, row);
         continue;
       }
       for (int64_t c = 0; c < x_.width; c += kLanes) {
@@ -110,19 +102,21 @@ class Combine {
         for (int64_t r = arrivals.first(place); r >= 0; r = arrivals.next(r)) {
           sum = at::vec::fmadd(load_some(x + sources[r] * x_.stride + c, count), Vec(factor(sources[r])), sum);
         }
-        store_some(sum / Vec(divisor), out + c, count);
+        out_.put(row, c, sum / Vec(divisor), count);
       }
     }
+    out_.finish();
   }
 
   const TokenBatch& x_;
   const Moves moves_;
   const Shares shares_;
-  T* const out_;
+  const TokenOutput<T> out_;
 };
 
 template <typename T>
-void spread(const TokenBatch& x, const int64_t* place_of, int64_t tokens, Shares shares, T* out) {
+void spread(const TokenBatch& x, const int64_t* place_of, int64_t tokens, Shares shares, void* data) {
+  const TokenOutput<T> out(data, x.batch * tokens, x.width);
   const int64_t step = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, x.width * sizeof(T)));
   const int64_t parts = ceil_div(tokens, step);
   for_each_task(x.batch * parts, [&](int64_t task, int64_t) {
@@ -131,8 +125,9 @@ void spread(const TokenBatch& x, const int64_t* place_of, int64_t tokens, Shares
       const int64_t place = place_of[token];
       const float factor = shares.factors == nullptr ? 1.0f : shares.factors[token];
       const float divisor = shares.divisors == nullptr ? 1.0f : shares.divisors[b * x.count + place];
-      scale_token(x.sample<T>(b) + place * x.stride, factor, divisor, x.width, out + token * x.width);
+      scale_token(x.sample<T>(b) + place * x.stride, factor, divisor, x.width, out, token);
     }
+    out.finish();
   });
 }
 
@@ -148,7 +143,7 @@ void combine_tokens(const TokenBatch& x, const Moves& moves, Shares shares, void
   }
   with_token_type(x.type(), [&](auto number) {
     using T = decltype(number);
-    Combine<T>(x, moves, shares, static_cast<T*>(out)).run();
+    Combine<T>(x, moves, shares, out).run();
   });
 }
 
@@ -157,8 +152,7 @@ void spread_tokens(const TokenBatch& x, const int64_t* place_of, int64_t tokens,
     check_index(place_of[k], x.count, "place_of");
   }
   with_token_type(x.type(), [&](auto number) {
-    using T = decltype(number);
-    spread(x, place_of, tokens, shares, static_cast<T*>(out));
+    spread<decltype(number)>(x, place_of, tokens, shares, out);
   });
 }
 

@@ -32,7 +32,7 @@ class Batch:
     """A rank's part of one global training batch. n is smaller by the samples in ``skipped``.
 
     Attributes:
-        images: uint8 [n, C, H, W]; the model normalises.
+        images: uint8 [n, C, H, W], or clips [n, T, C, H, W]; the model normalises.
         input_ids: int64 [n, L]. attention_mask: bool [n, L], False where padded.
         ids: int64 [n], equal where samples match each other. index: int64 [n], sample index in the split.
         keys, captions: the key and the chosen caption of each row.

@@ -46,6 +46,9 @@ class DataConfig(StrictModel):
     resize: Literal["squash", "crop", "pad"] = Field(
         default="squash", description="to a square: ignore the aspect, centre crop, or pad with white"
     )
+    frames: int | None = Field(
+        default=None, gt=0, description="samples are clips: so many frames of each, evenly spaced; None: single images"
+    )
     augment: list[str | dict[str, dict[str, Any] | None]] = Field(
         default=[], description="torchvision.transforms.v2 by name, with arguments; training only"
     )

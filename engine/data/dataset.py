@@ -16,7 +16,7 @@ from .arrays import parse_array
 from .batch import Batch, EvalBatch, names_of, stack_arrays
 from .captions import choose_caption, filter_captions
 from .config import DataConfig
-from .images import convert_image, decode_image
+from .images import convert_image, decode_clip, decode_image
 from .order import AUGMENT_STREAM, CAPTION_STREAM, sample_seeds
 from .schema import BadSample, Reason, Sample, parse_sample
 from .shard_index import IMAGE, RECORD, TEXT
@@ -35,7 +35,7 @@ class ShardDataset:
         shards: patterns or paths, relative to ``config.root`` (see `expand_shards`).
         config: the recipe's ``data:`` block.
         tokenizer: turns captions into ids; None where only `sample` and `eval_batch` are used.
-        transform: PIL image -> uint8 [C, H, W], from `build_image_transform`.
+        transform: PIL image -> uint8 [C, H, W], or frames of a clip -> [T, C, H, W], from `build_image_transform`.
         seed: with the epoch, decides order, caption choice and augmentation.
 
     Attributes:
@@ -52,7 +52,7 @@ class ShardDataset:
         *,
         config: DataConfig,
         tokenizer: Tokenizer | None,
-        transform: Callable[[Image.Image], Tensor],
+        transform: Callable[[Any], Tensor],
         seed: int = 0,
     ) -> None:
         self.config = config
@@ -64,7 +64,7 @@ class ShardDataset:
         self.counts = self.shards.counts
         self.examples = self.shards.examples
         self._random_image = getattr(transform, "random", True)
-        self._cache: dict[int, tuple[Sample, Image.Image | Tensor]] = {}
+        self._cache: dict[int, tuple[Sample, Image.Image | list[Image.Image] | Tensor]] = {}
         self._cache_room = config.cache_mb << 20
 
     def __len__(self) -> int:
@@ -104,23 +104,31 @@ class ShardDataset:
         tensors = {name: parse_array(read(offset, size)) for name, offset, size in arrays}
         return parse_sample(self.key(index), index, image, member(RECORD), member(TEXT), tensors)
 
-    def _load(self, index: int) -> tuple[Sample, Image.Image | Tensor]:
+    def _decode(self, data: bytes) -> Image.Image | list[Image.Image]:
+        limits = {"max_pixels": self.config.max_pixels, "max_side": self.config.max_side}
+        frames = self.config.frames
+        return decode_image(data, **limits) if frames is None else decode_clip(data, frames, **limits)
+
+    def _load(self, index: int) -> tuple[Sample, Image.Image | list[Image.Image] | Tensor]:
         """The sample with its wanted captions and without its encoded bytes, and the picture: a tensor when
-        the transform always gives the same one, else the decoded image."""
+        the transform always gives the same one, else the decoded image, or the frames of a clip."""
         cached = self._cache.get(index)
         if cached is not None:
             return cached
         sample = self.sample(index)
         sample.captions = filter_captions(sample.captions, self.config.captions)
-        image = decode_image(sample.image, max_pixels=self.config.max_pixels, max_side=self.config.max_side)
+        decoded = self._decode(sample.image)
         sample.image = b""
-        picture: Image.Image | Tensor
-        if self._random_image:
-            picture = convert_image(image, self.config.image_mode)
-            pixels = picture.width * picture.height * len(picture.getbands())
-        else:
-            picture = self.transform(image)
+        picture: Image.Image | list[Image.Image] | Tensor
+        if not self._random_image:
+            picture = self.transform(decoded)
             pixels = picture.nbytes
+        elif isinstance(decoded, Image.Image):
+            picture = convert_image(decoded, self.config.image_mode)
+            pixels = _bytes_of(picture)
+        else:
+            picture = [convert_image(frame, self.config.image_mode) for frame in decoded]
+            pixels = sum(map(_bytes_of, picture))
         if self._cache_room > 0:
             extra = sum(array.nbytes for array in sample.arrays.values())
             self._cache_room -= pixels + extra + _SAMPLE_BYTES + _CAPTION_BYTES * len(sample.captions)
@@ -128,7 +136,7 @@ class ShardDataset:
                 self._cache[index] = sample, picture
         return sample, picture
 
-    def _augment(self, image: Image.Image) -> Tensor:
+    def _augment(self, image: Image.Image | list[Image.Image]) -> Tensor:
         try:
             return self.transform(image)
         except (ValueError, RuntimeError, TypeError) as error:  # for example a crop larger than the image
@@ -137,7 +145,7 @@ class ShardDataset:
     def _gather(
         self, indices: NDArray[np.int64], image_seeds: list[int] | None
     ) -> tuple[list[Sample], Tensor, list[int], list[tuple[str, str]]]:
-        """(samples, images uint8 [n, C, H, W], positions in ``indices`` that were good, skipped)."""
+        """(samples, images uint8 [n, C, H, W] or clips [n, T, C, H, W], positions in ``indices`` that were good, skipped)."""
         samples: list[Sample] = []
         images: list[Tensor] = []
         good: list[int] = []
@@ -211,3 +219,7 @@ class ShardDataset:
             captions=[sample.captions for sample in samples],
             skipped=skipped,
         )
+
+
+def _bytes_of(image: Image.Image) -> int:
+    return image.width * image.height * len(image.getbands())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import io
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -29,22 +29,44 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, max_side: int = M
         BadSample: more than ``max_pixels`` pixels or a side above ``max_side`` ("image too large"); not an image
             of a known format, damaged or cut short ("undecodable image").
     """
+    return _decode(data, None, max_pixels, max_side)[0]
+
+
+def decode_clip(
+    data: bytes, frames: int, *, max_pixels: int = MAX_PIXELS, max_side: int = MAX_SIDE
+) -> list[Image.Image]:
+    """``frames`` frames of an animated image (TIFF, GIF, WebP, PNG), evenly spaced; some repeat if it has fewer.
+
+    Raises:
+        BadSample: as `decode_image`; ``max_pixels`` counts the pixels of all frames that the file has.
+    """
+    return _decode(data, frames, max_pixels, max_side)
+
+
+def _decode(data: bytes, frames: int | None, max_pixels: int, max_side: int) -> list[Image.Image]:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and limit < max_pixels:
         Image.MAX_IMAGE_PIXELS = max_pixels  # the user asked for it; otherwise Pillow would refuse first
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > max_pixels or max(width, height) > max_side:
-            raise BadSample(Reason.IMAGE_TOO_LARGE, f"{width} x {height} pixels")
-        image.load()
+        (width, height), count = image.size, 1 if frames is None else getattr(image, "n_frames", 1)
+        if width * height * count > max_pixels or max(width, height) > max_side:
+            raise BadSample(Reason.IMAGE_TOO_LARGE, f"{width} x {height} pixels" + f", {count} frames" * (count > 1))
+        if frames is None:
+            image.load()
+            return [image]
+        found = {}
+        # in their order, as most formats store differences; the middles of equal parts
+        for place in sorted({(2 * each + 1) * count // (2 * frames) for each in range(frames)}):
+            image.seek(place)
+            found[place] = image.copy()
+        return [found[(2 * each + 1) * count // (2 * frames)] for each in range(frames)]
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
         raise BadSample(Reason.IMAGE_TOO_LARGE, str(error)) from None
     except Exception as error:  # decoders of hostile files raise almost anything
         raise BadSample(Reason.UNDECODABLE_IMAGE, f"{type(error).__name__}: {error}") from None
-    return image
 
 
 def _deep_to_grey(image: Image.Image) -> Image.Image:
@@ -136,38 +158,46 @@ def _build_augmentation(entry: str | dict[str, Any], image_size: int) -> tuple[v
 
 
 class ImageTransform:
-    """PIL image -> uint8 [C, image_size, image_size].
+    """PIL image -> uint8 [C, image_size, image_size]; with ``config.frames`` a list of them -> uint8 [T, C, H, W].
 
     Augmentations run in order on uint8 tensors. If one of them takes a size (RandomResizedCrop), they see the
-    image as it was stored; otherwise the resized one. What comes out is resized if it has another size.
+    image as it was stored; otherwise the resized one. What comes out is resized if it has another size. The frames of
+    a clip are augmented alike.
 
     Attributes:
-        shape: (C, H, W). random: whether two calls may differ (then calls draw from torch's CPU generator).
+        shape: (C, H, W), or (T, C, H, W) of clips. random: whether two calls may differ (then calls draw from torch's CPU generator).
     """
 
     def __init__(self, config: DataConfig, image_size: int, augmentations: list[tuple[v2.Transform, bool]]) -> None:
         self.mode = config.image_mode
         self.resize = config.resize
         self.size = image_size
-        self.shape = (3 if self.mode == "RGB" else 1, image_size, image_size)
+        clip = () if config.frames is None else (config.frames,)
+        self.shape = (*clip, 3 if self.mode == "RGB" else 1, image_size, image_size)
         self.random = bool(augmentations)
         self._first_resize = not any(sized for _, sized in augmentations)
         self._augment = v2.Compose([transform for transform, _ in augmentations]) if augmentations else None
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        image = convert_image(image, self.mode)
-        if self._augment is None or self._first_resize:
-            image = resize_image(image, self.size, self.resize)
-        pixels = to_tensor(image)
+    def __call__(self, image: Image.Image | Sequence[Image.Image]) -> Tensor:
+        if isinstance(image, Image.Image):
+            pixels = self._pixels(image)
+        else:
+            pixels = torch.stack([self._pixels(frame) for frame in image])
         if self._augment is None:
             return pixels
         pixels = cast(Tensor, self._augment(pixels))
-        if pixels.shape[-2:] != self.shape[1:]:
+        if pixels.shape[-2:] != self.shape[-2:]:
             pixels = v2.functional.resize_image(pixels, [self.size, self.size], antialias=True)
         return pixels
 
+    def _pixels(self, image: Image.Image) -> Tensor:
+        image = convert_image(image, self.mode)
+        if self._augment is None or self._first_resize:
+            image = resize_image(image, self.size, self.resize)
+        return to_tensor(image)
 
-def build_image_transform(config: DataConfig, image_size: int, train: bool) -> Callable[[Image.Image], Tensor]:
+
+def build_image_transform(config: DataConfig, image_size: int, train: bool) -> ImageTransform:
     """The transform of a split: with ``config.augment`` for training, without for evaluation.
 
     Raises:
@@ -181,7 +211,7 @@ def build_image_transform(config: DataConfig, image_size: int, train: bool) -> C
         image = Image.new(config.image_mode, (image_size + 7, image_size + 3))
         try:
             with torch.random.fork_rng(devices=[]):
-                probe = transform(image)
+                probe = transform(image if config.frames is None else [image] * config.frames)
         except (TypeError, ValueError, RuntimeError) as error:
             raise PairtileError(f"data.augment fails on a uint8 image: {str(error).splitlines()[0]}") from None
         if probe.dtype != torch.uint8 or tuple(probe.shape) != transform.shape:

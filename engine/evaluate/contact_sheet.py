@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,7 +32,7 @@ class ContactRow:
     """One query and what was found for it, best first."""
 
     query: str
-    images: Sequence[Tensor]  # uint8 [C, H, W] each, C = 1 or 3, any size
+    images: Sequence[Tensor]  # uint8 [C, H, W] each, C = 1 or 3, any size; clips [T, C, H, W]
     correct: Sequence[bool]
     note: str = ""
 
@@ -58,11 +59,11 @@ def draw_contact_sheet(path: Path, rows: Sequence[ContactRow], *, title: str, su
     height = HEADER + len(rows) * (CELL + GAP) + FOOTER
     canvas = Image.new("RGB", (width, height), BACKDROP)
     draw = ImageDraw.Draw(canvas)
-    draw.text((MARGIN, 20), title, font=_font(22, bold=True), fill=INK)
-    draw.text((MARGIN, 52), subtitle, font=_font(13), fill=FAINT)
+    draw.text((MARGIN, 20), title, font=sheet_font(22, bold=True), fill=INK)
+    draw.text((MARGIN, 52), subtitle, font=sheet_font(13), fill=FAINT)
     for column in range(columns):
         middle = _cell_left(column) + CELL // 2
-        draw.text((middle, HEADER - 8), f"{column + 1}", font=_font(12), fill=FAINT, anchor="ms")
+        draw.text((middle, HEADER - 8), f"{column + 1}", font=sheet_font(12), fill=FAINT, anchor="ms")
     for number, row in enumerate(rows):
         _draw_row(canvas, draw, row, HEADER + number * (CELL + GAP))
     _draw_legend(draw, height - FOOTER + 14)
@@ -81,13 +82,13 @@ def _cell_left(column: int) -> int:
 
 def _draw_row(canvas: Image.Image, draw: ImageDraw.ImageDraw, row: ContactRow, top: int) -> None:
     draw.line([(MARGIN, top - 2), (canvas.width - MARGIN, top - 2)], fill=LINE)
-    lines = wrap(row.query, _font(15), QUERY_WIDTH - GAP, QUERY_LINES)
+    lines = wrap(row.query, sheet_font(15), QUERY_WIDTH - GAP, QUERY_LINES)
     text_height = 21 * len(lines) + (20 if row.note else 0)
     y = top + GAP // 2 + (CELL - text_height) // 2
     for line in lines:
-        draw.text((MARGIN, y), line, font=_font(15), fill=INK)
+        draw.text((MARGIN, y), line, font=sheet_font(15), fill=INK)
         y += 21
-    draw.text((MARGIN, y + 2), row.note, font=_font(12), fill=FAINT)
+    draw.text((MARGIN, y + 2), row.note, font=sheet_font(12), fill=FAINT)
     for column, (image, correct) in enumerate(zip(row.images, row.correct)):
         left, upper = _cell_left(column), top + GAP // 2
         canvas.paste(_thumbnail(image), (left, upper))
@@ -111,12 +112,14 @@ def _draw_legend(draw: ImageDraw.ImageDraw, y: int) -> None:
     x = MARGIN
     for colour, thickness, meaning in ((GREEN, 4, "correct"), (RED, 2, "first place, wrong")):
         draw.rectangle((x, y, x + 15, y + 15), outline=colour, width=thickness)
-        draw.text((x + 24, y + 8), meaning, font=_font(12), fill=FAINT, anchor="lm")
-        x += 24 + int(_font(12).getlength(meaning)) + 28
+        draw.text((x + 24, y + 8), meaning, font=sheet_font(12), fill=FAINT, anchor="lm")
+        x += 24 + int(sheet_font(12).getlength(meaning)) + 28
 
 
 def _thumbnail(image: Tensor) -> Image.Image:
-    """uint8 [1 or 3, H, W] -> RGB CELL x CELL, centred, proportions kept."""
+    """uint8 [1 or 3, H, W], or a clip of such -> RGB CELL x CELL, centred, proportions kept."""
+    if image.dim() == 4:
+        image = side_by_side(image)
     if image.dim() != 3 or image.shape[0] not in (1, 3) or image.dtype != torch.uint8:
         raise ValueError(f"expected a uint8 image [1 or 3, H, W], got {image.dtype} {tuple(image.shape)}")
     array = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu().numpy()
@@ -133,8 +136,18 @@ def _thumbnail(image: Tensor) -> Image.Image:
     return cell
 
 
+def side_by_side(clip: Tensor) -> Tensor:
+    """uint8 [T, C, H, W] -> [C, rows H, columns W]: the frames in reading order, on as square a grid as they fill."""
+    frames, channels, height, width = clip.shape
+    columns = math.ceil(math.sqrt(frames))
+    rows = math.ceil(frames / columns)
+    blank = clip.new_full((rows * columns - frames, channels, height, width), 255)
+    grid = torch.cat([clip, blank]).unflatten(0, (rows, columns))
+    return grid.permute(2, 0, 3, 1, 4).reshape(channels, rows * height, columns * width)
+
+
 @lru_cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def sheet_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """matplotlib's DejaVu Sans; the basic layout engine, since raqm is missing or unstable on some machines."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name

@@ -224,14 +224,16 @@ def _embed_images(
     while True:
         batch = next(batches, None)
         rows = 0 if batch is None else len(batch.images)
-        shape = list(batch.images.shape[1:]) if batch is not None and rows else [0, 0, 0]
-        going, *shape = ranks.maximum([batch is not None, *shape])
+        # as many numbers on every rank, one without samples too: [0, C, H, W] of images, [T, C, H, W] of clips
+        shape = list(batch.images.shape[1:]) if batch is not None and rows else []
+        going, *shape = ranks.maximum([batch is not None, *[0] * (4 - len(shape)), *shape])
         if not going:
             break
         if batch is not None:
             samples += _plain_samples(batch)
             skipped += [(str(key), str(reason)) for key, reason in batch.skipped]
         if any(shape):
+            shape = shape if shape[0] else shape[1:]
             images = batch.images if batch is not None and rows else torch.zeros(1, *shape, dtype=torch.uint8)
             parts.append(encoder.images(images, rows))
         if progress is not None:

@@ -1,4 +1,4 @@
-"""``pairtile prepare``: glyphs, folder, csv, jsonl, webdataset."""
+"""``pairtile prepare``: glyphs, glyph-clips, folder, csv, jsonl, webdataset."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from ..errors import PairtileError
 from .folder import prepare_folder
+from .glyph_clips import prepare_glyph_clips
 from .glyphs import prepare_glyphs
 from .options import Format, WriteOptions
 from .report import PrepareReport
@@ -41,6 +42,18 @@ def glyphs(
 ) -> None:
     """The characters of matplotlib's fonts with their Unicode names: nothing to download, about half a minute."""
     _tell(prepare_glyphs(out, seed=seed, size=size, workers=workers))
+
+
+@prepare.command()
+def glyph_clips(
+    out: Out,
+    seed: Seed = 0,
+    size: Annotated[int, typer.Option(help="pixels of a side")] = 32,
+    frames: Annotated[int, typer.Option(help="of a clip")] = 8,
+    workers: Workers = None,
+) -> None:
+    """Glyphs that move, grow or turn, with their names and motions: nothing to download, about two minutes."""
+    _tell(prepare_glyph_clips(out, seed=seed, size=size, frames=frames, workers=workers))
 
 
 @prepare.command()

@@ -7,7 +7,7 @@ import json
 import platform
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -49,34 +49,41 @@ HELD_OUT_FAMILY = "DejaVu Serif"
 HELD_OUT_CHARACTERS = 0.1
 
 
-class _Glyph(NamedTuple):
+class Glyph(NamedTuple):
+    """A drawing: its font, its code point, a number that equal drawings share, and uint8 [size, size]."""
+
     font: str
     code: int
     drawing: int
     pixels: np.ndarray
 
 
-def _draw_all(
-    folder: Path, fonts: Sequence[str], size: int, limit: int | None, workers: int, bar: Any
-) -> Iterator[FontGlyphs]:
+def draw_glyphs(
+    folder: Path, fonts: Sequence[str], size: int, limit: int | None, workers: int, bar: Any, dropped: Dropped
+) -> list[Glyph]:
+    """All glyphs of the fonts in ``folder``, by font and code point; what is left out goes to ``dropped``."""
     task = bar.add_task("drawing fonts", total=len(fonts))
     paths = [folder / f"{name}.ttf" for name in fonts]
-    for _, glyphs in ordered_map(partial(draw_font, size=size, limit=limit), paths, workers=workers):
+    drawn = []
+    for _, font in ordered_map(partial(draw_font, size=size, limit=limit), paths, workers=workers):
         bar.update(task, advance=1, refresh=True)
-        yield glyphs
+        drawn.append(font)
+        for code, reason in font.left_out:
+            dropped.add(f"{font.name}-{code:04X}", reason)
+    return _number_drawings(drawn)
 
 
-def _number_drawings(drawn: list[FontGlyphs]) -> list[_Glyph]:
+def _number_drawings(drawn: list[FontGlyphs]) -> list[Glyph]:
     """All glyphs, by font and code point; ``drawing`` is the same number where the pixels are the same."""
     numbers: dict[bytes, int] = {}
     return [
-        _Glyph(font.name, int(code), numbers.setdefault(pixels.tobytes(), len(numbers)), pixels)
+        Glyph(font.name, int(code), numbers.setdefault(pixels.tobytes(), len(numbers)), pixels)
         for font in drawn
         for code, pixels in zip(font.code_points, font.images)
     ]
 
 
-def _split(glyphs: list[_Glyph], seed: int) -> dict[str, list[_Glyph]]:
+def split_glyphs(glyphs: list[Glyph], seed: int) -> dict[str, list[Glyph]]:
     """Training glyphs shuffled, the others by code point.
 
     train: 90% of the characters in every font but the held-out family. font: the held-out family's regular cut,
@@ -88,7 +95,7 @@ def _split(glyphs: list[_Glyph], seed: int) -> dict[str, list[_Glyph]]:
     held_codes = {codes[position] for position in held}
     train = [g for g in glyphs if g.code not in held_codes and FONTS[g.font][0] != HELD_OUT_FAMILY]
     trained = {glyph.code for glyph in train}
-    splits: dict[str, list[_Glyph]] = {"train": [], "font": [], "unseen": [], "font_all": [], "unseen_all": []}
+    splits: dict[str, list[Glyph]] = {"train": [], "font": [], "unseen": [], "font_all": [], "unseen_all": []}
     splits["train"] = [train[position] for position in permute(np.arange(len(train)), len(train), seed, epoch=1)]
 
     rank = {font: number for number, font in enumerate(FONTS)}
@@ -106,7 +113,7 @@ def _split(glyphs: list[_Glyph], seed: int) -> dict[str, list[_Glyph]]:
     return splits
 
 
-def _record(glyph: _Glyph, drawn_in_train: bool) -> bytes:
+def _record(glyph: Glyph, drawn_in_train: bool) -> bytes:
     name = unicodedata.name(chr(glyph.code))
     family, cut = FONTS[glyph.font]
     record = {
@@ -121,7 +128,7 @@ def _record(glyph: _Glyph, drawn_in_train: bool) -> bytes:
     return json.dumps(record, ensure_ascii=True, separators=(",", ":")).encode()
 
 
-def _write_shard(job: tuple[Path, list[_Glyph], list[bytes]]) -> None:
+def _write_shard(job: tuple[Path, list[Glyph], list[bytes]]) -> None:
     path, glyphs, records = job
     writer = ShardWriter(path)
     for glyph, record in zip(glyphs, records):
@@ -135,8 +142,8 @@ def _write_shard(job: tuple[Path, list[_Glyph], list[bytes]]) -> None:
 
 
 def _shard_jobs(
-    folder: Path, splits: dict[str, list[_Glyph]], samples_per_shard: int
-) -> list[tuple[Path, list[_Glyph], list[bytes]]]:
+    folder: Path, splits: dict[str, list[Glyph]], samples_per_shard: int
+) -> list[tuple[Path, list[Glyph], list[bytes]]]:
     in_train = {glyph.drawing for glyph in splits["train"]}
     jobs = []
     for name, glyphs in splits.items():
@@ -147,7 +154,8 @@ def _shard_jobs(
     return jobs
 
 
-def _font_folder(fonts: Sequence[str]) -> Path:
+def font_folder(fonts: Sequence[str]) -> Path:
+    """Where matplotlib keeps these fonts. Raises PairtileError for an unknown or a missing one."""
     try:
         import matplotlib
     except ImportError:
@@ -161,7 +169,8 @@ def _font_folder(fonts: Sequence[str]) -> Path:
     return folder
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Of everything that the pixels depend on."""
     packages = {name: version(name) for name in ("pillow", "matplotlib", "fonttools", "tokenizers")}
     return {
         **packages,
@@ -209,7 +218,7 @@ def prepare_glyphs(
     started = time.monotonic()
     out = Path(out).expanduser().absolute()
     chosen = [name for name in FONTS if name in fonts] if fonts is not None else list(FONTS)
-    font_folder = _font_folder(chosen if fonts is None else list(fonts))
+    folder_of_fonts = font_folder(chosen if fonts is None else list(fonts))
     if size < 8 or samples_per_shard < 1:
         raise PairtileError(
             f"size must be at least 8 and samples_per_shard at least 1, got {size} and {samples_per_shard}"
@@ -223,13 +232,10 @@ def prepare_glyphs(
         return present
     workers = default_workers() if workers is None else workers
     with atomic_folder(out) as folder, progress_bar(progress) as bar:
-        drawn = list(_draw_all(font_folder, chosen, size, limit, workers, bar))
         dropped = Dropped(folder)
-        for font in drawn:
-            for code, reason in font.left_out:
-                dropped.add(f"{font.name}-{code:04X}", reason)
+        glyphs = draw_glyphs(folder_of_fonts, chosen, size, limit, workers, bar, dropped)
         dropped.close()
-        splits = _split(_number_drawings(drawn), seed)
+        splits = split_glyphs(glyphs, seed)
         jobs = _shard_jobs(folder, splits, samples_per_shard)
         task = bar.add_task("writing shards", total=len(jobs))
         for _ in ordered_map(_write_shard, jobs, workers=workers):
@@ -246,7 +252,7 @@ def prepare_glyphs(
                 "splits": counts,
                 "image": {"size": size, "mode": "L"},
                 "dropped": dict(dropped.counts),
-                "versions": _versions(),
+                "versions": versions(),
             },
         )
     written = {name: len(part) for name, part in splits.items()}

@@ -53,7 +53,7 @@ def gather(
 
 
 def gather_tokens(
-    tokens: Tensor, mask: Tensor | None, *, group: dist.ProcessGroup | None
+    tokens: Tensor, mask: Tensor | None, *, group: dist.ProcessGroup | None, wire_dtype: torch.dtype | None = None
 ) -> tuple[Shards, Tensor, Tensor | None]:
     """All ranks' sets of tokens, padded to the longest rank's: [n_r, L_r, D] -> [N_global, L, D], as `gather` gives rows.
 
@@ -61,6 +61,7 @@ def gather_tokens(
         tokens: [n_r, L_r, D]; ranks may differ in n_r and L_r.
         mask: bool [n_r, L_r], True for tokens that count, or None for all; on some ranks it may be None.
         group: the process group; None leaves both as they are.
+        wire_dtype: as in `gather`.
 
     Returns:
         (how the sets lie over the ranks, tokens [N_global, L, D], mask bool [N_global, L], None if all count).
@@ -79,7 +80,7 @@ def gather_tokens(
         )
     longest = max(lengths)
     padded = torch.nn.functional.pad(tokens, (0, 0, 0, longest - length))
-    shards, (rows,) = gather(padded.reshape(count, longest * width), group=group)
+    shards, (rows,) = gather(padded.reshape(count, longest * width), group=group, wire_dtype=wire_dtype)
     everyone = rows.view(shards.total, longest, width)
     if not any(masked) and min(lengths) == longest:
         return shards, everyone, None

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import Shards
+from ..distributed import Exchange, Shards, gather_counts
 from ..late_interaction import MaxPooling, Pooling, maxsim
 from ..late_interaction.pooling import check_pooling
 from .base import check_scalar
 from .blockwise import blockwise_sum
 from .clip import checked_weights
 from .log_domain import softplus
+from .ring_scores import ring_scores
 from .score_terms import ScoredPairs, Sets, TokenLoss, check_sets, col_terms, counted_pairs, row_terms, times
 
 _MAX = MaxPooling()
@@ -113,6 +114,10 @@ class ColbertLoss(TokenLoss):
                 f"query_block={block} with direction_weights={self.direction_weights}, reduction={self.reduction!r}: in "
                 'blocks there is the direction of queries alone, direction_weights=(1.0, 0.0), as "mean" or "sum"'
             )
+        if self.strategy == "ring":
+            raise ValueError(
+                f'query_block={block} with strategy="ring", which scores one rank\'s documents at a time: leave one out'
+            )
 
     def forward(
         self,
@@ -145,37 +150,54 @@ class ColbertLoss(TokenLoss):
         Raises:
             ValueError, TypeError: shapes, dtypes, masks or devices that do not fit.
         """
-        group = self._group()
+        exchange = self._exchange()
+        group = None if exchange is None else exchange.group
         queries, documents = Sets(query_tokens, query_mask), Sets(document_tokens, document_mask)
         _check(queries, documents, start, on_one_rank=group is None)
         check_scalar("logit_scale", logit_scale)
         negatives = None if negative_tokens is None else Sets(negative_tokens, negative_mask)
         if negatives is not None:
             _check_negatives(negatives, query_tokens.shape[0])
-        shards, documents = documents.gathered(group)
-        if group is None:
+        rings = exchange is not None and exchange.strategy == "ring"
+        if exchange is None:
             shards = Shards((query_tokens.shape[0],))
-        pairs = counted_pairs(queries, documents, shards, start + shards.start)
+        elif rings:
+            shards = gather_counts(query_tokens.shape[0], device=query_tokens.device, group=group)
+        else:
+            shards, documents = documents.gathered(exchange)
+        pairs = counted_pairs(queries, documents, shards, start + shards.start, travelling=rings)
         if negatives is not None and self.negatives == "all":
-            _, negatives = negatives.only(pairs.rows).flattened().gathered(group)
-        terms = self._in_blocks if self.query_block else self._terms
-        loss = self._reduced(terms(pairs, queries, documents, negatives, logit_scale), pairs)
+            negatives = negatives.only(pairs.rows).flattened()
+            if not rings:
+                _, negatives = negatives.gathered(exchange)
+        if self.query_block:
+            terms = self._in_blocks(pairs, queries, documents, negatives, logit_scale)
+        else:
+            terms = self._terms(pairs, queries, documents, negatives, logit_scale, exchange if rings else None)
+        loss = self._reduced(terms, pairs)
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _terms(
-        self, pairs: ScoredPairs, queries: Sets, documents: Sets, negatives: Sets | None, scale: float | Tensor
+        self,
+        pairs: ScoredPairs,
+        queries: Sets,
+        documents: Sets,
+        negatives: Sets | None,
+        scale: float | Tensor,
+        exchange: Exchange | None = None,
     ) -> Tensor:
-        """[n] of these queries."""
+        """[n] of these queries; with an exchange the documents are this rank's and travel."""
         scale = scale / self.temperature
-        extra = None if negatives is None else _scaled(self._scores(queries, negatives), negatives, scale)
+        extra = None if negatives is None else self._of_negatives(queries, negatives, scale, exchange)
         pairwise = self.negatives == "pairwise" and extra is not None
         of_queries, of_documents = self.direction_weights
         if pairwise and not self.in_batch_weight and not of_documents:
-            own = documents.rows(pairs.start, pairs.start + len(queries.tokens))
+            start = 0 if exchange is not None else pairs.start
+            own = documents.rows(start, start + len(queries.tokens))
             scores = self._scores(queries, Sets(own.tokens[:, None], None if own.mask is None else own.mask[:, None]))
             own_scores = times(pairs.only_counted(scores[:, 0]), scale)
             return of_queries * pairs.only_counted(_pairwise(extra, own_scores))
-        scaled = pairs.scaled(self._scores(queries, documents), scale)
+        scaled = pairs.scaled(self._across(queries, documents, exchange), scale)
         of_rows = scaled if self.negative_filter is None else _filtered(scaled, pairs, *self.negative_filter)
         terms = row_terms(of_rows, pairs, None if pairwise else extra, hardest=self.hardest)
         if pairwise:
@@ -206,6 +228,17 @@ class ColbertLoss(TokenLoss):
         summed: Tensor = blockwise_sum(total, by_row, whole, self.query_block)
         return summed
 
+    def _of_negatives(self, queries: Sets, negatives: Sets, scale: float | Tensor, exchange: Exchange | None) -> Tensor:
+        if exchange is None or self.negatives != "all":
+            return _scaled(self._scores(queries, negatives), negatives.present(), scale)
+        return _scaled(self._across(queries, negatives, exchange), negatives.present_on_all(exchange.group), scale)
+
+    def _across(self, queries: Sets, documents: Sets, exchange: Exchange | None) -> Tensor:
+        if exchange is None:
+            return self._scores(queries, documents)
+        (scores,) = ring_scores(lambda q, d: [self._scores(q, d)], queries, documents, exchange)
+        return scores
+
     def _scores(self, queries: Sets, documents: Sets) -> Tensor:
         return maxsim(
             queries.tokens,
@@ -217,9 +250,8 @@ class ColbertLoss(TokenLoss):
         )
 
 
-def _scaled(scores: Tensor, documents: Sets, scale: float | Tensor) -> Tensor:
+def _scaled(scores: Tensor, present: Tensor | None, scale: float | Tensor) -> Tensor:
     """scale * scores [n, K], -inf for documents without a token, which give no gradient to the scale either."""
-    present = documents.present()
     if present is None:
         return times(scores, scale)
     return times(scores.masked_fill(~present, 0), scale).masked_fill(~present, -torch.inf)

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed import Exchange, gather_counts
 from ..late_interaction import filip_similarity, maxsim, most_similar_tokens
 from .base import check_scalar
 from .clip import checked_weights
+from .ring_scores import ring_scores
 from .score_terms import Sets, TokenLoss, check_token_pairs, col_terms, counted_pairs, row_terms
 
 
@@ -94,10 +96,16 @@ class FilipLoss(TokenLoss):
         rows, cols, weights = images, texts, self.direction_weights
         if self.travelling == "image":
             rows, cols, weights = texts, images, weights[::-1]
-        shards, cols = cols.gathered(self._group())
-        pairs = counted_pairs(rows, cols, shards, shards.start)
+        exchange = self._exchange()
+        if exchange is not None and exchange.strategy == "ring":
+            shards = gather_counts(len(rows.tokens), device=rows.tokens.device, group=exchange.group)
+            pairs = counted_pairs(rows, cols, shards, shards.start, travelling=True)
+            of_rows, of_cols = _in_ring(rows, cols, weights, exchange)
+        else:
+            shards, cols = cols.gathered(exchange)
+            pairs = counted_pairs(rows, cols, shards, shards.start)
+            of_rows, of_cols = _similarities(rows, cols, weights)
         terms: list[Tensor] = []
-        of_rows, of_cols = _similarities(rows, cols, weights)
         if of_rows is not None:
             terms.append(weights[0] * row_terms(pairs.scaled(of_rows, logit_scale), pairs))
         if of_cols is not None:
@@ -118,6 +126,15 @@ def _with_each_other(images: Sets, texts: Sets) -> tuple[Sets, Sets]:
 
 def _selected(sets: Sets, others: Sets, share: float) -> Sets:
     return Sets(*most_similar_tokens(sets.tokens, others.tokens, share, sets.mask, others.mask))
+
+
+def _in_ring(x: Sets, y: Sets, weights: tuple[float, float], exchange: Exchange) -> tuple[Tensor | None, Tensor | None]:
+    def scores(rows: Sets, cols: Sets) -> list[Tensor]:
+        return [each for each in _similarities(rows, cols, weights) if each is not None]
+
+    found = iter(ring_scores(scores, x, y, exchange))
+    of_rows, of_cols = (next(found) if weight else None for weight in weights)
+    return of_rows, of_cols
 
 
 def _similarities(x: Sets, y: Sets, weights: tuple[float, float]) -> tuple[Tensor | None, Tensor | None]:

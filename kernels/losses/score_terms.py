@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..contrastive.arguments import described
-from ..distributed import Shards, gather, gather_ids, gather_tokens
+from ..distributed import Exchange, Shards, gather, gather_counts, gather_ids, gather_tokens
 from ..late_interaction.token_sets import check_mask
 from .base import ContrastiveLoss
 from .log_domain import cross_entropy, log_sum_exp
@@ -43,10 +43,18 @@ class Sets(NamedTuple):
         mask = counted.view(-1, *[1] * (self.tokens.dim() - 2))
         return Sets(self.tokens, mask.expand(self.tokens.shape[:-1]) if self.mask is None else self.mask & mask)
 
-    def gathered(self, group: dist.ProcessGroup | None) -> tuple[Shards, Sets]:
+    def gathered(self, exchange: Exchange | None) -> tuple[Shards, Sets]:
         """Those of all ranks, with the exact gradient."""
-        shards, tokens, mask = gather_tokens(self.tokens, self.mask, group=group)
+        group, wire_dtype = (None, None) if exchange is None else (exchange.group, exchange.wire_dtype)
+        shards, tokens, mask = gather_tokens(self.tokens, self.mask, group=group, wire_dtype=wire_dtype)
         return shards, Sets(tokens, mask)
+
+    def present_on_all(self, group: dist.ProcessGroup) -> Tensor:
+        """bool [N]: of all ranks' sets those with a token that counts."""
+        present = self.present()
+        mine = torch.ones(len(self.tokens), device=self.tokens.device) if present is None else present
+        shards = gather_counts(len(mine), device=mine.device, group=group)
+        return gather_ids(mine.to(torch.int64), shards).bool()
 
 
 def times(scores: Tensor, scale: float | Tensor) -> Tensor:
@@ -140,11 +148,11 @@ def _pooled(scores: Tensor, hardest: bool) -> Tensor:
     return scores.max(-1).values if hardest else log_sum_exp(scores)
 
 
-def counted_pairs(rows: Sets, cols: Sets, shards: Shards, start: int) -> ScoredPairs:
+def counted_pairs(rows: Sets, cols: Sets, shards: Shards, start: int, *, travelling: bool = False) -> ScoredPairs:
     """The pairs neither of whose sets is empty, of this rank's rows and the columns of all ranks.
 
     Args:
-        rows, cols: [n, Lx, D] and [M, Ly, D].
+        rows, cols: [n, Lx, D] and [M, Ly, D]; travelling: cols are this rank's alone, [n, Ly, D].
         shards: of the rows.
         start: the first row's column. On one rank columns before and behind the pairs count unless they are empty.
     """
@@ -154,7 +162,7 @@ def counted_pairs(rows: Sets, cols: Sets, shards: Shards, start: int) -> ScoredP
         return ScoredPairs(shards, start, None, None, n, 0)
     of_rows = _all(rows) if of_rows is None else of_rows
     of_cols = _all(cols) if of_cols is None else of_cols
-    counts = of_rows & of_cols[start : start + n]
+    counts = of_rows & (of_cols if travelling else of_cols[start : start + n])
     if shards.group is None:
         everyone, columns = counts, torch.cat([of_cols[:start], counts, of_cols[start + n :]])
     else:

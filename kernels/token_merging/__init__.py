@@ -1,7 +1,11 @@
 """Token merging: fewer tokens, nearly the same answer."""
 
-from . import cpp_backend as cpp_backend  # registers its kernels
+# They register their kernels.
+from . import cpp_backend as cpp_backend
+from . import cuda_backend as cuda_backend
+from . import triton_backend as triton_backend
 from .attention import AttentionTo, fold_size, proportional_attention
+from .clips import ClipMerging
 from .crossget import complete_graph_matching, complete_graph_soft_matching
 from .drawing import draw_merged_regions
 from .frames import join_frames, merge_frames, pool_windows
@@ -30,6 +34,7 @@ from .tome import (
 
 __all__ = [
     "AttentionTo",
+    "ClipMerging",
     "ConstantR",
     "FlopsBudget",
     "KeepRatio",

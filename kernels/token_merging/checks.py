@@ -8,6 +8,9 @@ from torch import Tensor
 
 from ..contrastive.arguments import FEATURE_DTYPES, described
 
+#: Shorter vectors are divided by that, as `F.normalize` does.
+SMALLEST_NORM = 1e-12
+
 
 def check_metric(metric: object) -> None:
     """Raise unless it is a floating point tensor [B, N, C]."""
@@ -43,4 +46,4 @@ def protected_mask(protected: int | Tensor, metric: Tensor) -> Tensor:
 
 def normalized(metric: Tensor) -> Tensor:
     """Unit vectors, in float32 at least: similarities are cosines, and ties of rounded ones would be no ties."""
-    return F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+    return F.normalize(metric.to(torch.promote_types(metric.dtype, torch.float32)), dim=-1, eps=SMALLEST_NORM)

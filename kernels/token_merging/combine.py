@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import select_backend
+from ..build_cuda import with_cuda
 from ..contrastive.compiled import define
 from .matching import Matching
 
@@ -26,6 +27,9 @@ class Combination(NamedTuple):
 
     combine: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
     spread: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+    average: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]] | None = (
+        None
+    )
 
 
 def _combine(
@@ -50,12 +54,12 @@ def _spread(x: Tensor, place_of: Tensor, factors: Tensor | None, divisors: Tenso
 
 
 TORCH = Combination(_combine, _spread)
-#: "cpp" and "triton" where they have kernels of their own.
+#: "cpp" and "triton" where they have kernels of their own, "cuda" where its operators take triton's place.
 COMBINATIONS: dict[str, Combination] = {"torch": TORCH}
 
 
 def _serving(backend: str, x: Tensor) -> Combination:
-    return TORCH if x.dtype == torch.float64 else COMBINATIONS.get(backend, TORCH)
+    return TORCH if x.dtype == torch.float64 else COMBINATIONS.get(with_cuda(backend, x.device), TORCH)
 
 
 def combine(x: Tensor, matching: Matching, factors: Tensor | None, divisors: Tensor | None) -> Tensor:
@@ -67,6 +71,26 @@ def combine(x: Tensor, matching: Matching, factors: Tensor | None, divisors: Ten
         return _combine_op(x, *_tensors(matching), factors, divisors, backend)  # type: ignore[no-any-return]
     found: Tensor = _Combine.apply(x, matching, factors, divisors, backend)
     return found
+
+
+def average(x: Tensor, matching: Matching, factors: Tensor | None, sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As `Combination.average`, differentiable in x."""
+    backend, _ = select_backend(x.device)
+    if backend == "reference" or _serving(backend, x).average is None:
+        totals = _totals(matching, sizes)
+        return combine(x, matching, factors, totals), totals
+    if torch.compiler.is_compiling():
+        tokens, totals = _average_op(x, *_tensors(matching), factors, sizes, backend)
+        return tokens, totals
+    tokens, totals = _Average.apply(x, matching, factors, sizes, backend)
+    return tokens, totals
+
+
+def _totals(matching: Matching, sizes: Tensor | None) -> Tensor:
+    if sizes is None:
+        ones = torch.ones(matching.kept.shape, dtype=torch.float32, device=matching.kept.device)
+        return ones.scatter_add(1, matching.places, ones.new_ones(()).expand(matching.places.shape))
+    return sizes.gather(1, matching.kept).scatter_add(1, matching.places, sizes.gather(1, matching.sources))
 
 
 def spread(x: Tensor, matching: Matching) -> Tensor:
@@ -99,6 +123,24 @@ class _Combine(torch.autograd.Function):
         return _Spread.apply(grad, *ctx.given), None, None, None, None
 
 
+class _Average(torch.autograd.Function):
+    """A combination whose divisors are found on the way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+        matching, factors, sizes, backend = given
+        found = _serving(backend, x).average
+        assert found is not None
+        tokens, totals = found(x, matching.kept, matching.sources, matching.places, factors, sizes)
+        ctx.mark_non_differentiable(totals)
+        ctx.given = matching, factors, totals, backend
+        return tokens, totals
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _Spread.apply(grad, *ctx.given), None, None, None, None
+
+
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
@@ -111,7 +153,8 @@ class _Spread(torch.autograd.Function):
         return _Combine.apply(grad, *ctx.given), None, None, None, None
 
 
-_GIVEN = "Tensor x, Tensor kept, Tensor sources, Tensor places, Tensor place_of, Tensor? factors, Tensor? divisors, str backend"
+_MATCHED = "Tensor x, Tensor kept, Tensor sources, Tensor places, Tensor place_of"
+_GIVEN = f"{_MATCHED}, Tensor? factors, Tensor? divisors, str backend"
 
 
 def _combine_operator(x: Tensor, *given: Any) -> Tensor:
@@ -138,6 +181,24 @@ _spread_op = define(
 )
 
 
+def _average_operator(x: Tensor, *given: Any) -> list[Tensor]:
+    kept, sources, places, _, factors, sizes, backend = given
+    found = _serving(backend, x).average
+    assert found is not None
+    return list(found(x, kept, sources, places, factors, sizes))
+
+
+_average_op = define(
+    "average_tokens",
+    _average_operator,
+    lambda x, kept, *_: [
+        x.new_empty(x.shape[0], kept.shape[1], x.shape[2]),
+        x.new_empty(kept.shape, dtype=torch.float32),
+    ],
+    f"({_MATCHED}, Tensor? factors, Tensor? sizes, str backend) -> Tensor[]",
+)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
@@ -151,5 +212,15 @@ def _spread_differentiated(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _combine_op(grad, *ctx.saved_tensors, ctx.backend), *[None] * 7
 
 
+def _setup_average(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    _, *tensors, factors, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, factors, output[1])
+
+
+def _average_differentiated(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    return _spread_op(grads[0], *ctx.saved_tensors, ctx.backend), *[None] * 7
+
+
+_average_op.register_autograd(_average_differentiated, setup_context=_setup_average)
 _combine_op.register_autograd(_combine_differentiated, setup_context=_setup)
 _spread_op.register_autograd(_spread_differentiated, setup_context=_setup)

@@ -74,8 +74,8 @@ def join_frames(x: Tensor, group: int, *, prefix: int = 0) -> Tensor:
         )
     if group == 1:
         return x
-    frames, _, width = x.shape
-    clips = x.reshape(frames // group, group, -1, width)
+    frames, tokens, width = x.shape
+    clips = x.reshape(frames // group, group, tokens, width)
     front, others = clips[:, :, :prefix], clips[:, :, prefix:].transpose(1, 2)
     return torch.cat([front.flatten(1, 2), others.flatten(1, 2)], 1)
 

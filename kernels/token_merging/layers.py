@@ -11,58 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AttentionTo
+from .clips import ClipMerging, LayerPlan
 from .crossget import complete_graph_matching
 from .matching import Matching
 from .merging import merge_tokens
 from .pitome import pitome_margin, pitome_matching
 from .schedules import Schedule
+from .tokens import PADDING, Tokens
 from .tome import bipartite_matching
 
-#: The size of a padding token: no average with a real token sees it, and one of padding alone is finite.
-PADDING = 2.0**-64
 #: (keys [B, N, C], tokens to take away, protected first tokens, layer) -> which tokens go where.
 Method: TypeAlias = Callable[[Tensor, int, int, int], Matching]
 #: (tokens [B, N, C] after attention, layer) -> [B, N], what must not be lost.
 Importance: TypeAlias = Callable[[Tensor, int], Tensor]
-
-
-class Tokens(NamedTuple):
-    """What patched layers hand to one another in place of a tensor.
-
-    Sizes travel with the tokens, not beside them, so that any number of forward passes may be under way, and a
-    checkpointed layer that is computed once more gets what it was given.
-
-    Attributes:
-        x: [B, S, C].
-        size: float32 [B, S, 1], how many tokens each stands for, PADDING for padding; None: one each.
-        origin: int64 [B, S], the position that each had at first; None where nobody asks for it.
-        place: int64 [B, N], where each of the first tokens is; None where nobody asks for it.
-        first: N, how many they were at first.
-        padded: some may be padding.
-    """
-
-    x: Tensor
-    size: Tensor | None
-    origin: Tensor | None
-    place: Tensor | None
-    first: int
-    padded: bool
-
-    @property
-    def merged(self) -> bool:
-        return self.x.shape[1] < self.first
-
-    def real(self) -> Tensor:
-        """bool [B, S, 1]: what is not padding alone."""
-        return torch.ones_like(self.x[..., :1], dtype=torch.bool) if self.size is None else self.size >= 0.5
-
-    def attention_size(self, proportional: bool) -> Tensor | None:
-        """[B, S, 1], what `AttentionTo` is to count, 0 for padding; None where attention can run as it is."""
-        if not self.merged or not (proportional or self.padded):
-            return None
-        if not proportional:
-            return self.real().to(torch.float32)
-        return self.size.where(self.real(), 0.0) if self.padded and self.size is not None else self.size
 
 
 @dataclass
@@ -79,6 +40,7 @@ class Merging:
         follow: the place of every first token is kept up.
         rotary: so is the first position of every token.
         restore: the last layer gives every first token what its place holds.
+        clips: which layers join frames; None: none does.
         size: float32 [B, S, 1] of the last forward pass; None where nothing was merged.
         place: int64 [B, N] of the last forward pass, where it is followed.
     """
@@ -92,18 +54,25 @@ class Merging:
     follow: bool
     rotary: bool
     restore: bool
+    clips: ClipMerging | None = None
     size: Tensor | None = None
     place: Tensor | None = None
-    _plans: dict[int, list[int]] = field(default_factory=dict)
+    _plans: dict[int, list[LayerPlan]] = field(default_factory=dict)
 
-    def r(self, tokens: int, layer: int) -> int:
-        """What a layer merges, of a sample of so many tokens at first."""
+    def plan(self, tokens: int, layer: int) -> LayerPlan:
+        """What a layer does to a sample, or a frame, of so many tokens at first."""
         if tokens not in self._plans:
-            plan = list(self.schedule(self.layers, tokens, self.protected))
-            if len(plan) != self.layers or any(r < 0 for r in plan):
-                raise ValueError(f"the schedule gave {plan}: expected {self.layers} numbers of at least 0, one a layer")
-            self._plans[tokens] = plan
+            if self.clips is None:
+                self._plans[tokens] = [LayerPlan(r) for r in self._counts(self.layers, tokens, self.protected)]
+            else:
+                self._plans[tokens] = self.clips.plan(self._counts, self.layers, tokens, self.protected)
         return self._plans[tokens][layer]
+
+    def _counts(self, layers: int, tokens: int, protected: int) -> list[int]:
+        counts = list(self.schedule(layers, tokens, protected))
+        if len(counts) != layers or any(r < 0 for r in counts):
+            raise ValueError(f"the schedule gave {counts}: expected {layers} numbers of at least 0, one a layer")
+        return counts
 
     def matching(self, keys: Tensor, x: Tensor, r: int, layer: int) -> Matching:
         if callable(self.method):
@@ -153,11 +122,14 @@ class LayerMerging:
                     "a model with merged tokens runs under reentrant activation checkpointing, which does not see "
                     "tensors in tuples: use use_reentrant=False, the default of timm and transformers"
                 )
-            return x
+            return self._joined(x)
         batch, count, _ = x.shape
+        clips = self.model.clips
+        if clips is not None and batch % clips.frames:
+            raise ValueError(f"{batch} frames: expected a multiple of {clips.frames}, the frames of one video")
         size = None if keep is None else torch.where(keep.expand(batch, count), 1.0, PADDING).unsqueeze(-1)
         every = torch.arange(count, device=x.device).expand(batch, -1)
-        return Tokens(
+        tokens = Tokens(
             x,
             size,
             every if self.model.rotary else None,
@@ -165,10 +137,19 @@ class LayerMerging:
             count,
             padded=keep is not None,
         )
+        return self._joined(tokens)
+
+    def _joined(self, tokens: Tokens) -> Tokens:
+        """Before attention, across frames: by what enters the layer, as its keys do not exist yet."""
+        plan = self.model.plan(tokens.first, self.layer)
+        if plan.join == 1:
+            return tokens
+        tokens = tokens.joined(plan.join, self.model.protected)
+        return self._merged(tokens, tokens.x.detach(), plan.across)
 
     def attention(self, tokens: Tokens) -> AbstractContextManager[Any]:
         """Within it torch's fused attention counts the sizes of these tokens, and keys are recorded if any merge."""
-        self._wanted = self.model.r(tokens.first, self.layer) > 0
+        self._wanted = self.model.plan(tokens.first, self.layer).r > 0
         size = tokens.attention_size(self.model.proportional)
         return nullcontext() if size is None else AttentionTo(size)
 
@@ -179,18 +160,22 @@ class LayerMerging:
             return tokens._replace(x=x)
         if keys is None:
             raise RuntimeError(f"layer {self.layer} showed no keys: its attention does not run as when it was patched")
+        return self._merged(tokens._replace(x=x), keys, self.model.plan(tokens.first, self.layer).r)
+
+    def _merged(self, tokens: Tokens, metric: Tensor, r: int) -> Tokens:
         if tokens.padded:
             # Padding is alike to itself and, by an axis of its own, to no other token: it goes before real tokens do.
             real = tokens.real()
-            keys = torch.cat([keys * real, (~real).to(keys.dtype)], -1)
-        matching = self.model.matching(keys, x, self.model.r(tokens.first, self.layer), self.layer)
-        x, size = merge_tokens(x, matching, tokens.size)
+            metric = torch.cat([metric * real, (~real).to(metric.dtype)], -1)
+        matching = self.model.matching(metric, tokens.x, r, self.layer)
+        x, size = merge_tokens(tokens.x, matching, tokens.size)
         origin, place = tokens.origin, tokens.place
         return tokens._replace(
             x=x,
             size=size,
             origin=None if origin is None else origin.gather(1, matching.kept),
             place=None if place is None else matching.place_of().gather(1, place),
+            merged=tokens.merged or matching.sources.shape[1] > 0,
         )
 
     def leave(self, tokens: Tokens, x: Tensor) -> Tensor | Tokens:

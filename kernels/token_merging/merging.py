@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..contrastive.arguments import described
-from .combine import combine, spread
+from .combine import average, combine, spread
 from .matching import Matching
 
 _MODES = ("mean", "sum", "amax")
@@ -36,11 +36,7 @@ class Merge:
             return x
         if mode == "amax":
             return _largest(x, matching)
-        divisors = None
-        if mode == "mean":
-            ones = torch.ones(matching.kept.shape, dtype=torch.float32, device=x.device)
-            divisors = ones.scatter_add(1, matching.places, ones.new_ones(()).expand(matching.places.shape))
-        return combine(x, matching, None, divisors)
+        return average(x, matching, None, None)[0] if mode == "mean" else combine(x, matching, None, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,17 +68,19 @@ def merge_tokens(x: Tensor, matching: Matching, size: Tensor | None = None) -> t
         (tokens [B, S, C] in the dtype of x, sizes [B, S, 1] in float32).
     """
     check_tokens(x, matching.tokens, "x")
-    if size is None:
-        sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)
-    else:
+    sizes = None
+    if size is not None:
         if size.shape != (*x.shape[:2], 1):
             raise ValueError(f"size is {described(size)}: expected {[*x.shape[:2], 1]}, a number for each token")
         sizes = size.detach().squeeze(-1).to(torch.float32)
     if not matching.sources.shape[1]:
+        sizes = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device) if sizes is None else sizes
         return x, sizes.unsqueeze(-1)
-    merged = sizes.gather(1, matching.kept).scatter_add(1, matching.places, sizes.gather(1, matching.sources))
-    factors = sizes if matching.weights is None else sizes * matching.weights
-    return combine(x, matching, factors, merged), merged.unsqueeze(-1)
+    factors = sizes
+    if matching.weights is not None:
+        factors = matching.weights if sizes is None else sizes * matching.weights
+    tokens, merged = average(x, matching, factors, sizes)
+    return tokens, merged.unsqueeze(-1)
 
 
 def merge_wavg(merge: Callable[..., Tensor], x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import Tensor
 
 from .attention import AttentionTo
-from .layers import Merging, MergingLayer, Site, Tokens
+from .layers import Merging, MergingLayer, Site
+from .tokens import Tokens
 
 
 class MergingBlock(MergingLayer, Block):  # type: ignore[misc]

@@ -20,7 +20,8 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, Sigli
 from transformers.models.vit.modeling_vit import ViTLayer, ViTModel
 
 from .attention import size_bias
-from .layers import MergingLayer, Site, Tokens
+from .layers import MergingLayer, Site
+from .tokens import Tokens
 
 _IMPLEMENTATIONS = ("sdpa", "eager")
 

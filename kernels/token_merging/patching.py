@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from .attention import size_bias
+from .clips import ClipMerging
 from .layers import Importance, LayerMerging, Merging, Method, Site
 from .schedules import Schedule, schedule_of
 
@@ -26,6 +27,7 @@ def patch(
     proportional: bool = True,
     protected: int | None = None,
     importance: Importance | None = None,
+    clips: ClipMerging | None = None,
     trace_source: bool = False,
     restore: bool = False,
 ) -> Model:
@@ -54,6 +56,8 @@ def patch(
         protected: so many first tokens are never merged; None: the model's class and distillation tokens and registers.
         importance: for "crossget", (tokens [B, N, C], layer from 0) -> [B, N], what must not be lost: in the paper the
             cosine of each token with a cross token.
+        clips: for a batch of videos, frame after frame: layers that join neighbouring frames and merge across them
+            (TempMe, arXiv:2409.01156). The model then returns a row for each clip that is left.
         trace_source: keep `merged_sources`.
         restore: the last layer gives every first token what became of it, so that what follows finds as many tokens as
             came in, a text's pooling by its mask, say.
@@ -86,6 +90,7 @@ def patch(
         follow=trace_source or restore,
         rotary=site.rotary,
         restore=restore,
+        clips=clips,
     )
     _install(model, site, merging)
     return model
@@ -116,7 +121,8 @@ def is_patched(model: nn.Module) -> bool:
 def merged_sources(model: nn.Module) -> Tensor:
     """Of the last forward pass, the place of every first token among those that left the last layer: int64 [B, N].
 
-    Class tokens and registers are counted, first tokens and last.
+    Class tokens and registers are counted, first tokens and last. Of frames that were joined into clips: [clips, frames of
+    a clip x N], one frame after another.
 
     Raises:
         ValueError: the model is not patched with `trace_source` or `restore`, or has not run.

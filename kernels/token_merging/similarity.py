@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import select_backend
+from ..build_cuda import with_cuda
 from ..contrastive.arguments import checked_budget
 from ..contrastive.compiled import define
 
@@ -35,11 +37,16 @@ class Similarities(NamedTuple):
             margin where that is not negative, else alpha (exp(s - margin) - 1).
         bipartite: (metric [B, N, C], r, protected, class_token, distill_token) -> int64 (kept [B, N - r], sources [B, r],
             places [B, r]), what `tome.bipartite_matching` makes of `best_partners`, at once; None: it is made of that.
+        select: (best float32 [B, ceil(N / 2)] and partner int64 of `best_partners` for the tokens at even positions, N, r,
+            protected, class_token, distill_token) -> (kept, sources, places), the order of `tome.matched`; None: torch sorts.
+        most_tokens: the largest N that `select` takes.
     """
 
     best_partners: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, int, int], tuple[Tensor, Tensor]]
     energies: Callable[[Tensor, float, float, int], Tensor]
     bipartite: Callable[[Tensor, int, int, bool, bool], tuple[Tensor, Tensor, Tensor]] | None = None
+    select: Callable[[Tensor, Tensor, int, int, int, bool, bool], tuple[Tensor, Tensor, Tensor]] | None = None
+    most_tokens: float = math.inf
 
 
 def _samples(batch: int, similarities: int, itemsize: int, budget: int) -> int:
@@ -94,12 +101,12 @@ def _energies(x: Tensor, margin: float, alpha: float, budget: int) -> Tensor:
 
 
 TORCH = Similarities(_best_partners, _energies)
-#: "cpp" and "triton" where they have kernels of their own.
+#: "cpp" and "triton" where they have kernels of their own, "cuda" where its operators take triton's place.
 SIMILARITIES: dict[str, Similarities] = {"torch": TORCH}
 
 
 def _serving(backend: str, x: Tensor) -> Similarities:
-    return TORCH if x.dtype == torch.float64 else SIMILARITIES.get(backend, TORCH)
+    return TORCH if x.dtype == torch.float64 else SIMILARITIES.get(with_cuda(backend, x.device), TORCH)
 
 
 @torch.no_grad()
@@ -145,6 +152,17 @@ def bipartite(
         kept, sources, places = _bipartite_op(metric, r, protected, class_token, distill_token, backend)
         return kept, sources, places
     return found(metric, r, protected, class_token, distill_token)
+
+
+def select_pairs(
+    best: Tensor, partner: Tensor, tokens: int, r: int, protected: int, class_token: bool, distill_token: bool
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """As `Similarities.select`, if the backend that serves has it for so many tokens."""
+    backend, _ = select_backend(best.device)
+    serving = _serving(backend, best)
+    if serving.select is None or tokens > serving.most_tokens:
+        return None
+    return serving.select(best, partner, tokens, r, protected, class_token, distill_token)
 
 
 def _best_operator(

@@ -8,7 +8,7 @@ from torch import Tensor
 from .checks import check_metric, check_number, normalized
 from .matching import Matching, unchanged
 from .merging import Merge, Unmerge
-from .similarity import best_partners, bipartite
+from .similarity import best_partners, bipartite, select_pairs
 
 
 def bipartite_soft_matching(
@@ -59,6 +59,16 @@ def bipartite_matching(
     if (found := bipartite(metric, r, protected, class_token, distill_token)) is not None:
         return Matching(*found)
     metric = normalized(metric)
+    x_keep, y_keep = free_halves(metric, protected, class_token, distill_token)
+    best, partner = best_partners(metric[:, ::2], metric[:, 1::2], x_keep=x_keep, y_keep=y_keep)
+    return matched(best, partner, tokens, r, protected, class_token, distill_token)
+
+
+def free_halves(
+    metric: Tensor, protected: int, class_token: bool, distill_token: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Which tokens at even and which at odd positions may be merged, bool [B, about N / 2]; None: all of them."""
+    batch, tokens, _ = metric.shape
     at = torch.arange(tokens, device=metric.device)
     free = at >= protected
     if class_token:
@@ -66,7 +76,17 @@ def bipartite_matching(
     if distill_token:
         free &= at != 1
     free = free.expand(batch, -1)
-    best, partner = best_partners(metric[:, ::2], metric[:, 1::2], x_keep=free[:, ::2], y_keep=free[:, 1::2])
+    even, odd = protected > 0 or class_token, protected > 1 or distill_token
+    return free[:, ::2] if even else None, free[:, 1::2] if odd else None
+
+
+def matched(
+    best: Tensor, partner: Tensor, tokens: int, r: int, protected: int, class_token: bool, distill_token: bool
+) -> Matching:
+    """The matching of the r best pairs, from what `best_partners` gives for the tokens at even positions."""
+    found = select_pairs(best, partner, tokens, r, protected, class_token, distill_token)
+    if found is not None:
+        return Matching(*found)
     order = best.argsort(dim=1, descending=True, stable=True)
     sources, unmerged = order[:, :r], order[:, r:]
     if class_token or protected:

@@ -67,6 +67,16 @@ def test_zero_stages_and_ranks_give_one_curve(tiny, runs):
             for stage in (0, 1, 2, 3)
         ]
         recipes.append(tiny(output=str(runs / f"{ranks}-late"), **late, **{"train.steps": 4, "train.zero_stage": 2}))
+        if ranks == 2:  # chunks of 6, 6 and 4 pairs on each rank
+            for stage in (0, 1, 2, 3):
+                cached = {
+                    "train.zero_stage": stage,
+                    "train.warmup_steps": 3,
+                    "train.steps": STEPS,
+                    "train.cache_chunk": 6,
+                }
+                where = {"output": str(runs / f"cached-{stage}"), "deepspeed": PARTITIONED if stage == 3 else {}}
+                recipes.append(tiny(**where, **cached))
         train_on(ranks, recipes, runs)
     expected = losses(runs / "1-0")
     assert sorted(expected) == list(range(1, STEPS + 1))
@@ -75,6 +85,8 @@ def test_zero_stages_and_ranks_give_one_curve(tiny, runs):
         # float32: ranks add gradients in another order and ZeRO updates flat buffers (other roundings of the same
         # operations, 6e-8 each); Adam's division by the root of small second moments makes them 1e-5 in ten steps
         assert losses(runs / f"{ranks}-{stage}") == pytest.approx(expected, rel=1e-5), (ranks, stage)
+    for stage in (0, 1, 2, 3):
+        assert losses(runs / f"cached-{stage}") == pytest.approx(expected, rel=1e-5), stage
     assert losses(runs / "2-late") == pytest.approx(losses(runs / "1-late"), rel=1e-5)
     # consolidated weights: the same tensors whatever the stage
     reference = load_file(runs / "1-0" / "checkpoints" / f"step-{STEPS:08d}" / "model.safetensors")

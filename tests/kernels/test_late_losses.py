@@ -209,6 +209,7 @@ def test_selected_tokens_are_those_closest_to_the_other_modality():
 def test_two_ranks_equal_one_process(tmp_path):
     known = LOSSES | OVER_RANKS
     cases = [(name, sizes, {}) for name in known for sizes in ([4, 3], [0, 6])]
+    cases += [(name, sizes, {"strategy": "ring"}) for name in LOSSES for sizes in ([4, 3], [0, 6])]
     cases += [("colbert_own", [0, 6], {"query_block": 4, "reduction": "sum"}), ("filip", [3, 3], {"local_loss": True})]
     ranks = on_two_ranks(WORKER, cases, tmp_path)
     for k, (name, sizes, options) in enumerate(cases):

@@ -99,6 +99,21 @@ def test_crossget_chooses_as_the_paper_says(backend, case):
     )
 
 
+@pytest.mark.parametrize("tokens", [9, 10])
+def test_every_number_of_tokens_that_can_go(backend, tokens):
+    """Ties and copies, an odd and an even number of tokens; beyond half of them no more go."""
+    torch.manual_seed(tokens)
+    metric = exact_metric(random.Random(tokens), 2, tokens)
+    importance = torch.randint(0, 2, metric.shape[:2]).float()
+    protected = (torch.arange(tokens) == 0).expand(2, -1)
+    for r in range(tokens // 2 + 2):
+        for class_token in (False, True):
+            assert_same(bipartite_matching(metric, r, class_token), papers.tome(metric, r, class_token))
+        assert_same(pitome_matching(metric, r, -1.0), papers.pitome(metric, r, -1.0))
+        found = complete_graph_matching(metric, r, importance, protected=1)
+        assert_same(found, papers.crossget(metric, r, importance, protected))
+
+
 def test_a_protected_token_is_no_destination(backend):
     for tokens in (3, 4, 5):
         matching = bipartite_matching(torch.randn(2, tokens, 8), 5, distill_token=True, protected=1)

@@ -104,6 +104,30 @@ def test_tome_over_several_tiles_of_equals(dtype, class_token, distill_token):
                 assert each.tolist() == expected
 
 
+@pytest.mark.parametrize(("class_token", "distill_token"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("tokens", "width"), [(64, 5), (131, 64), (197, 64)])
+def test_tome_from_nothing_to_the_maximum_where_float64_tells_candidates_apart(
+    tokens, width, class_token, distill_token
+):
+    """Several strips and tiles; similarities as close as float32's rounding of 64 products may go either way."""
+    metric = next(each for each in (torch.randn(1, tokens, width) for _ in range(200)) if tome_is_told(each))
+    for r in (0, 1, 8, (tokens - 2) // 2, tokens):
+        found = bipartite_matching(metric, r, class_token, distill_token)
+        right = papers.tome(metric, r, class_token, distill_token)
+        for each, expected in zip((found.kept, found.sources, found.places), right, strict=True):
+            assert each.tolist() == expected
+
+
+def tome_is_told(metric: Tensor) -> bool:
+    """Each even token's two best partners, with token 1 or without, and all best ones, are apart in float64."""
+    scores = papers.cosines(metric)[0, ::2, 1::2]
+    for allowed in (scores, scores[:, 1:]):
+        best = allowed.topk(2, dim=1).values
+        if min((best[:, 0] - best[:, 1]).min(), best[:, 0].sort().values.diff().min()) < 1e-6:
+            return False
+    return True
+
+
 def test_registers_and_special_tokens_as_without_the_call():
     metric = torch.randint(0, 2, (2, 41, 16)) * 2.0 - 1
     for protected in (1, 2, 5, 39):
@@ -183,6 +207,21 @@ def test_both_maps_round_once(dtype, one_place):
     (gradient,) = torch.autograd.grad(combine(leaf, matching, size, total), leaf, upstream)
     torch.testing.assert_close(gradient.double(), assigned.mT @ upstream.double(), **tolerance)
     assert torch.equal(spread(found, matching), found.gather(1, matching.place_of()[..., None].expand(-1, -1, width)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_exceeds_the_caches_goes_past_them_bit_by_bit(dtype):
+    """Above 32 MiB stores are others, for rows of whole cache lines at an aligned address."""
+    tokens, merged, width = 9001, 500, 32 * (64 if dtype == torch.bfloat16 else 32)
+    x = torch.randn(1, tokens, width).to(dtype)
+    matching = some_matching(1, tokens, merged)
+    size = torch.randint(1, 5, (1, tokens)).float()
+    total = size.gather(1, matching.kept).scatter_add(1, matching.places, size.gather(1, matching.sources))
+    whole = combine(x, matching, size, total)
+    parts = torch.cat([combine(each, matching, size, total) for each in x.split(width // 4, dim=-1)], -1)
+    assert torch.equal(whole, parts)
+    upstream = torch.cat([spread(each, matching) for each in whole.split(width // 4, dim=-1)], -1)
+    assert torch.equal(spread(whole, matching), upstream)
 
 
 def test_an_upstream_gradient_without_memory_of_its_own():

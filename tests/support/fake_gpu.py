@@ -88,6 +88,7 @@ TINY = {
     "maxsim": partial(rows.maxsim, 2, 5, 3, 20, 16),
     "colbert": partial(rows.colbert, 3, 5, 20, 16),
     "filip": partial(rows.filip, 3, 6, 5, 16),
+    "tome": partial(rows.tome, 2, 9, 3, 16, 8),
 }
 
 

@@ -143,7 +143,10 @@ class GpuSafety:
             extent = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride()))
             # Descriptors and the widths of loads depend on the alignment.
             buffer = Buffer(extent, tensor.dtype, tensor.device, skew=tensor.data_ptr() % 64, made=False)
-            tensor = buffer.flat.as_strided(tensor.shape, tensor.stride(), buffer.before).copy_(tensor)
+            # With what the strides leave out, which nobody may load: an expanded tensor cannot be copied into.
+            held = tensor.as_strided((extent,), (1,), tensor.storage_offset())
+            buffer.flat[buffer.before : buffer.before + extent].copy_(held)
+            tensor = buffer.flat.as_strided(tensor.shape, tensor.stride(), buffer.before)
         if all(buffer is not each for each in self._present):
             buffer.forget()
             self._present.append(buffer)

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
+from triton_tokens import TOKEN_CALLS
 
 from pairtile.kernels import backends, use_backend
 from pairtile.kernels.contrastive.triton_kernels import launching
@@ -112,6 +113,9 @@ def main() -> None:
     for name in LATE_WAYS:
         with use_backend("triton"):
             LATE_CALLS[name]()
+    for call in TOKEN_CALLS.values():
+        with use_backend("triton"):
+            call()
     json.dump(found | {name: sorted(products) for name, products in codes.items()}, sys.stdout)
 
 

@@ -79,9 +79,10 @@ def aligned(matrix: Tensor, arch: str) -> bool:
 
 
 def near(matrix: Tensor) -> Tensor:
-    """The matrix as its memory has it, or a contiguous copy where one block would reach over 2^31 elements."""
+    """The matrix, or each of a batch of them, as its memory has it, or a contiguous copy where one block would reach over
+    2^31 elements."""
     matrix = matrix.resolve_neg()
-    return matrix if max(matrix.stride(), default=0) < _FARTHEST_STRIDE else matrix.contiguous()
+    return matrix if max(matrix.stride()[-2:], default=0) < _FARTHEST_STRIDE else matrix.contiguous()
 
 
 def source(matrix: Tensor, block: tuple[int, int], tma: bool) -> Any:

@@ -55,7 +55,7 @@ def test_enlarging_keeps_pixels_sharp() -> None:
 
 
 def test_wrapping_fits_the_column() -> None:
-    font = sheet._font(15)
+    font = sheet.sheet_font(15)
     lines = sheet.wrap("one " * 60 + "x" * 200, font, 200, 4)
     assert len(lines) == 4
     assert lines[-1].endswith("…")

@@ -1,0 +1,50 @@
+"""Which tile, how many warps and how many stages the kernels of token merging get: plain functions, nothing is timed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ..contrastive.triton_kernels.configurations import Config, narrowed
+from ..late_interaction.triton_configurations import next_power, on_tensor_cores
+
+# Rows of a sample up to which a tile of half the height leaves less of itself empty, and gives twice as many programs.
+_FEW_ROWS = 256
+
+
+def sweep_config(arch: str, dtype: torch.dtype, width: int, *, rows: int, cols: int) -> Config:
+    """The configuration of `partner_sweep` and `energy_sweep`.
+
+    Args:
+        arch: one of `configurations.ARCHITECTURES`.
+        dtype: of the tokens; float32 ones are multiplied as "ieee".
+        width: D.
+        rows, cols: of a sample's held and streamed side.
+    """
+    if not on_tensor_cores(dtype, "ieee"):
+        config = Config(32, 64, narrowed(16, width), 4, 2)
+    else:
+        # A thread of Blackwell holds a row, and with it two numbers for each lane.
+        config = Config(128 if arch == "sm100" or rows > _FEW_ROWS else 64, 32 if arch == "sm100" else 64, 64, 4, 2)
+        if config.block_m == 128:
+            config = replace(config, num_warps=8)
+        config = replace(config, block_k=max(16, next_power(width)) if width <= whole_width(arch) else 64)
+    return replace(config, block_n=min(config.block_n, max(16, next_power(cols))))
+
+
+def whole_width(arch: str) -> int:
+    """The widest 16-bit tokens that a tile holds as a whole; wider ones are streamed in chunks."""
+    return 128 if arch in ("sm80", "gfx942") else 256
+
+
+def row_tile(width: int, interpreted: bool) -> tuple[int, int]:
+    """Rows and columns of a program of `combine_rows` and `spread_rows`, which is four warps.
+
+    Interpreted, a program costs more than what it does, so there it does more.
+    """
+    return (64 if interpreted else 8), min(256, max(16, next_power(width)))
+
+
+#: Merged tokens whose places a program of `combine_rows` looks at together.
+ENTRIES = 64

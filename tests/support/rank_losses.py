@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from contenders import relative_error
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from contenders import relative_error
 from objectives import OBJECTIVES, Beside, beside
 from pairtile.kernels import (
     CircleLoss,
@@ -224,9 +224,7 @@ LOSSES: dict[str, RankLoss] = {
     "triplet": _plain(TripletLoss),
     "triplet_hardest": RankLoss(
         lambda **options: TripletLoss(mining="hardest", peer_form="absolute", **options),
-        lambda loss, f, b: loss(
-            f.x, f.y, f.scale, peer_image_features=b.peers[0], peer_text_features=b.peers[1]
-        ),
+        lambda loss, f, b: loss(f.x, f.y, f.scale, peer_image_features=b.peers[0], peer_text_features=b.peers[1]),
     ),
     "circle": _by_id(CircleLoss, numbers=0, gamma=4.0),
     "multi_positive": _by_id(MultiPositiveLoss, direction_weights=(0.3, 1.1)),

@@ -49,13 +49,11 @@ def ring_results(
 ) -> Results:
     """Row results of this rank's rows over all columns, and column results of its columns over all rows."""
     rows, cols = list(rows), list(cols)
-    layout, wanted, operands = _agreed(exchange, operands, extra, rows, cols)
+    layout, wanted, operands = agreed(exchange, operands, extra, rows, cols)
     needed = tuple(
-        each if k in (1, 5) else mine for k, (each, mine) in enumerate(zip(wanted, _wanted(operands), strict=True))
+        each if k in (1, 5) else mine for k, (each, mine) in enumerate(zip(wanted, wanted_by(operands), strict=True))
     )
-    if any(wanted) and not any(_wanted(operands)):
-        # This rank's backward must take part in what the others' ask for.
-        operands = operands._replace(x=operands.x.detach().requires_grad_())
+    operands = attached(operands, wanted)
     backend = "torch" if operands.x.dtype == torch.float64 and backend in ("cpp", "triton") else backend
     thresholds = Sweep(exchange, layout, [], backend, settings, needed)
     request = Request(
@@ -70,11 +68,19 @@ def ring_results(
     return of_rows.assemble(results[: of_rows.results]), of_cols.assemble(results[of_rows.results :])
 
 
-def _wanted(operands: Operands) -> list[bool]:
+def attached(operands: Operands, wanted: Sequence[bool]) -> Operands:
+    """A part of the graph if any rank's are: this rank's backward must take part in what the others' ask for."""
+    if any(wanted) and not any(wanted_by(operands)):
+        return operands._replace(x=operands.x.detach().requires_grad_())
+    return operands
+
+
+def wanted_by(operands: Operands) -> list[bool]:
+    """Which of the operands want a gradient on this rank."""
     return [torch.is_grad_enabled() and each is not None and each.requires_grad for each in operands]
 
 
-def _agreed(
+def agreed(
     exchange: Exchange, operands: Operands, extra: Extra, rows: Sequence[Reduction], cols: Sequence[Reduction]
 ) -> tuple[Layout, list[bool], Operands]:
     """How rows and columns lie over the ranks, and which operands want a gradient on any of them: one small exchange.
@@ -85,7 +91,7 @@ def _agreed(
     mine = [len(x) - extra.rows, len(y) - extra.cols, extra.rows, extra.cols]
     asked = zlib.crc32(repr((_kinds(rows), _kinds(cols))).encode())
     form = [x.shape[1], FEATURE_DTYPES.index(x.dtype), *(int(each is not None) for each in operands[3:]), asked]
-    flags = [*_wanted(operands), operands.per_row_scale]
+    flags = [*wanted_by(operands), operands.per_row_scale]
     table = all_numbers([*mine, *form, *map(int, flags)], exchange.group, x.device)
     forms = [row[4 : 4 + len(form)] for row in table]
     if any(each != forms[0] for each in forms):
@@ -134,7 +140,7 @@ def gathered_directions(
 
     Every rank takes part in every exchange, in the order rows, columns.
     """
-    layout, _, operands = _agreed(exchange, operands, NO_EXTRA, rows, cols)
+    layout, _, operands = agreed(exchange, operands, NO_EXTRA, rows, cols)
     x, y, scale, bias, row_bias, col_bias = operands
     rows, cols = with_vector_scales(rows, len(x)), with_vector_scales(cols, len(x))
     found: list[Gathered] = []

@@ -63,16 +63,17 @@ class SerialBlock {
   }
 
   void sort() {
+    // The arrangements are spelled out as CUB defines "blocked" and "striped".
     std::vector<std::pair<uint32_t, int>> keys(kThreads * kItems);
-    for (const Thread& thread : threads_) {
+    for (int index = 0; index < kThreads; ++index) {
       for (int item = 0; item < kItems; ++item) {
-        keys[thread.side_by_side(item)] = {thread.keys[item], thread.positions[item]};
+        keys[index * kItems + item] = {threads_[index].keys[item], threads_[index].positions[item]};
       }
     }
     std::stable_sort(keys.begin(), keys.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-    for (Thread& thread : threads_) {
+    for (int index = 0; index < kThreads; ++index) {
       for (int item = 0; item < kItems; ++item) {
-        std::tie(thread.keys[item], thread.positions[item]) = keys[thread.apart(item)];
+        std::tie(threads_[index].keys[item], threads_[index].positions[item]) = keys[item * kThreads + index];
       }
     }
   }
@@ -178,6 +179,10 @@ int select_pairs(const float* best, const int64_t* partner, int batch, int token
       select_pairs(block, matching, first.of_batch(matching, sample));
     }
   });
+}
+
+bool in_packets(const void* x, int64_t sample_stride, int64_t token_stride, const void* out, int width) {
+  return pairtile::in_packets<float>({static_cast<const float*>(x), sample_stride, token_stride, 1}, out, width);
 }
 
 #define PAIRTILE_MOVES(name, T)                                                                                        \

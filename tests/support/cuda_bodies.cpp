@@ -194,7 +194,8 @@ bool in_packets(const void* x, int64_t sample_stride, int64_t token_stride, cons
   }                                                                                                                    \
   void spread_##name(const void* x, int64_t sample_stride, int64_t token_stride, int places, const int64_t* place_of,  \
                      int batch, int count, int width, const float* factors, const float* divisors, void* out) {        \
-    pairtile::spread<T>(x, sample_stride, token_stride, places, place_of, batch, count, width, factors, divisors, out); \
+    pairtile::spread<T>(x, sample_stride, token_stride, places, place_of, batch, count, width, factors, divisors,      \
+                        out);                                                                                          \
   }
 PAIRTILE_MOVES(float32, float)
 PAIRTILE_MOVES(bfloat16, pairtile::BFloat16)

@@ -1,5 +1,8 @@
 """Token merging from a recipe: trained, checkpointed, exported, evaluated, under every ZeRO stage."""
 
+import copy
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -37,7 +40,7 @@ def merging(tiny):
 
     def make(image=None, text=None, **changes):
         towers = {
-            "model.vision": {**VIT, "token_merging": image},
+            "model.vision": {**copy.deepcopy(VIT), "token_merging": image},
             "model.text": {**BERT, "token_merging": text},
             "eval.batch_size": 64,
         }
@@ -162,6 +165,25 @@ def test_sources_are_kept_on_request(merging):
     model.merge_tokens(model.config, trace_source=True)
     model.encode_image(images())
     assert merged_sources(model.vision).shape == (2, 17)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_cross_tokens_learn_from_their_divergence(merging, stage):
+    block = {"method": "crossget", "cross_tokens": True, "keep_ratio": 0.8}
+    # the towers stand still: what falls is the cross tokens' own doing
+    objectives = [{"name": "clip", "weight": 0.0}, {"name": "crossget"}]
+    partitioned = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
+    changes = {"train.zero_stage": stage, "train.steps": 6, "model.vision.args.depth": 2, "train.lr": 3e-2}
+    raw = merging(block, block, objectives=objectives, deepspeed=partitioned, **changes)
+    run = train(parse_recipe(raw)).run_dir
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    divergence = [line["loss/crossget"] for line in lines if line["kind"] == "train"]
+    assert divergence[-1] < 0.8 * divergence[0]
+    encoder = load(run)
+    assert encoder.model.image_cross.weight.abs().amax(1).min() > 1e-3, "every layer's"
+    assert encoder.encode_image(images()).shape == (2, 32)
+    with pytest.raises(PairtileError, match="objective crossget needs the cross tokens of two towers"):
+        train(parse_recipe(merging(block, None, objectives=objectives, resume="never", **changes)))
 
 
 @pytest.mark.parametrize(

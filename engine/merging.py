@@ -124,12 +124,15 @@ def merge_tokens_in(
         raise PairtileError(f"{key}.token_merging: {error}") from None
 
 
-def cross_tokens_of(tower: Any, config: TokenMergingConfig | None) -> CrossTokens | None:
-    """Fresh cross tokens for a tower, where its recipe asks for them."""
+def cross_tokens_of(tower: Any, config: TokenMergingConfig | None, key: str) -> CrossTokens | None:
+    """Fresh cross tokens for a tower, where its recipe asks for them. Raises :class:`PairtileError` as above."""
     if config is None or not config.cross_tokens:
         return None
-    layers = len(tower.blocks) if hasattr(tower, "blocks") else tower.config.num_hidden_layers
-    return CrossTokens(layers, _widths(tower)[0])
+    try:
+        width, _ = _widths(tower)
+    except TypeError as error:
+        raise PairtileError(f"{key}.token_merging.cross_tokens: {error}") from None
+    return CrossTokens(len(tower.blocks) if hasattr(tower, "blocks") else tower.config.num_hidden_layers, width)
 
 
 def _schedule(tower: nn.Module, config: TokenMergingConfig) -> Schedule:
@@ -146,10 +149,13 @@ def _schedule(tower: nn.Module, config: TokenMergingConfig) -> Schedule:
 
 def _widths(tower: Any) -> tuple[int, float]:
     """Channels of a token, and those of the MLP's two products over them, 1.5 times as much where it is gated."""
-    if hasattr(tower, "blocks"):
+    if hasattr(tower, "blocks") and hasattr(tower, "embed_dim"):
         products = [each for each in tower.blocks[0].mlp.modules() if isinstance(each, nn.Linear)]
         return tower.embed_dim, sum(each.weight.numel() for each in products) / (2 * tower.embed_dim**2)
     try:
         return tower.config.hidden_size, tower.config.intermediate_size / tower.config.hidden_size
     except AttributeError:
-        raise TypeError(f"a {type(tower).__name__} does not say how wide it is: give r or keep_ratio") from None
+        raise TypeError(
+            f"a {type(tower).__name__} does not say how wide its layers are: expected a vision transformer of timm or a "
+            "model of transformers"
+        ) from None

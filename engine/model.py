@@ -92,8 +92,8 @@ class DualEncoder(nn.Module):
         if config.tokens is not None and config.vision.target is None:
             return_feature_map(self.vision)
         self.frame_positions = add_frame_positions(self.vision, frames)
-        self.image_cross = cross_tokens_of(self.vision, config.vision.token_merging)
-        self.text_cross = cross_tokens_of(self.text, config.text.token_merging)
+        self.image_cross = cross_tokens_of(self.vision, config.vision.token_merging, "model.vision")
+        self.text_cross = cross_tokens_of(self.text, config.text.token_merging, "model.text")
         self.merge_tokens(config)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.init_logit_scale)]))
         self.logit_bias = (

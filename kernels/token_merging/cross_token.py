@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +32,10 @@ class CrossTokens(nn.Module):
         self.layers = layers
         self.weight = nn.Parameter(torch.zeros(layers, width))
         self.found: dict[int, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what is found belongs to a graph, which can be neither copied nor pickled
+        return {**self.__dict__, "found": {}}
 
     def forward(self, x: Tensor, layer: int) -> Tensor:
         """x [B, N, C] that enter a layer, without a cross token -> [B, N + 1, C]."""

@@ -31,6 +31,8 @@ BERT = {
     "args": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
     "pool": "mean",
 }
+CONV = {"model": "nf_resnet26", "image_size": 16, "channels": 1}
+CROSS = {"method": "crossget", "cross_tokens": True, "keep_ratio": 0.8}
 R, KEEP = {"r": 3}, {"keep_ratio": 0.75}
 
 
@@ -169,12 +171,11 @@ def test_sources_are_kept_on_request(merging):
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_cross_tokens_learn_from_their_divergence(merging, stage):
-    block = {"method": "crossget", "cross_tokens": True, "keep_ratio": 0.8}
     # the towers stand still: what falls is the cross tokens' own doing
     objectives = [{"name": "clip", "weight": 0.0}, {"name": "crossget"}]
     partitioned = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {}
     changes = {"train.zero_stage": stage, "train.steps": 6, "model.vision.args.depth": 2, "train.lr": 3e-2}
-    raw = merging(block, block, objectives=objectives, deepspeed=partitioned, **changes)
+    raw = merging(CROSS, CROSS, objectives=objectives, deepspeed=partitioned, **changes)
     run = train(parse_recipe(raw)).run_dir
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     divergence = [line["loss/crossget"] for line in lines if line["kind"] == "train"]
@@ -183,7 +184,7 @@ def test_cross_tokens_learn_from_their_divergence(merging, stage):
     assert encoder.model.image_cross.weight.abs().amax(1).min() > 1e-3, "every layer's"
     assert encoder.encode_image(images()).shape == (2, 32)
     with pytest.raises(PairtileError, match="objective crossget needs the cross tokens of two towers"):
-        train(parse_recipe(merging(block, None, objectives=objectives, resume="never", **changes)))
+        train(parse_recipe(merging(CROSS, None, objectives=objectives, resume="never", **changes)))
 
 
 @pytest.mark.parametrize(
@@ -195,6 +196,8 @@ def test_cross_tokens_learn_from_their_divergence(merging, stage):
         ({"image": {"r": 3, "method": "tempme"}}, "tempme and clips go together"),
         ({"image": {"keep_ratio": 0.3}}, "model.vision.token_merging: ratio=0.3: expected shares from 0.5 to 1"),
         ({"image": {"r": 3, "method": "tempme", "clips": {"join": {1: 2}}}}, r"set data\.frames"),
+        ({"model.vision": {**CONV, "token_merging": {"flops": 0.5}}}, "a NormFreeNet does not say how wide"),
+        ({"model.vision": {**CONV, "token_merging": CROSS}}, r"cross_tokens: a NormFreeNet does not say how wide"),
         ({"model.text": {"model": "clip_text_model", "token_merging": {"r": 2}}}, "a CLIPTextModel of transformers"),
     ],
 )

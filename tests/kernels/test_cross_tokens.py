@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -58,6 +60,7 @@ def test_a_tower_returns_its_own_tokens_and_the_cross_tokens_learn(checkpointing
     # of the last layer none but the class token is needed: its cross token is attended to
     features[:, 0].square().sum().backward()
     assert (cross.weight.grad.abs().amax(1) > 0).all()
+    assert torch.equal(copy.deepcopy(cross).weight, cross.weight)
 
 
 def test_checkpointing_merges_the_same():

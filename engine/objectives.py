@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels import ClipLoss, FilipLoss, SigLipLoss
+from ..kernels.distributed import gather_counts, global_mean
+from ..kernels.token_merging import cross_token_divergence
 from .data import Batch
 from .errors import RecipeError
 from .loss_objectives import LOSS_OBJECTIVES, LossObjective
@@ -108,6 +110,28 @@ class Filip:
         tokens = output.image_tokens.to(self.dtype), output.text_tokens.to(self.dtype)
         loss: Tensor = self.loss(*tokens, output.logit_scale, text_mask=output.text_mask)
         return loss
+
+
+@register("crossget")
+class CrossGet:
+    """Jensen-Shannon divergence of both towers' cross tokens, layer by layer (CrossGET, arXiv:2305.17455).
+
+    Wants ``token_merging: {method: crossget, cross_tokens: true}`` in both towers, of as many layers each. It goes beside
+    ``clip``; mean over layers and the global batch.
+    """
+
+    def __init__(self, *, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+
+    def __call__(self, output: DualOutput, batch: Batch) -> Tensor:
+        one, other = output.image_cross, output.text_cross
+        if one is None or other is None or one.shape != other.shape:
+            raise RecipeError(
+                "objective crossget needs the cross tokens of two towers with one number of layers, and model.embed_dim: "
+                "set token_merging={method: crossget, cross_tokens: true, keep_ratio: 0.8} of model.vision and model.text"
+            )
+        terms = cross_token_divergence(one, other).mean(1)
+        return global_mean(terms, gather_counts(len(terms), device=terms.device, group=self.group))
 
 
 class WeightedSum:

@@ -21,7 +21,7 @@ from ..kernels.distributed import gather_counts, global_mean
 from ..kernels.token_merging import cross_token_divergence
 from .data import Batch
 from .errors import RecipeError
-from .loss_objectives import LOSS_OBJECTIVES, LossObjective
+from .loss_objectives import LOSS_OBJECTIVES, LossObjective, dtype_on_wire
 from .model import DualOutput
 from .recipe import ObjectiveConfig
 
@@ -47,7 +47,9 @@ def register(name: str) -> Callable[[Callable[..., Objective]], Callable[..., Ob
 class Clip:
     """Symmetric InfoNCE over the global batch (CLIP, Radford et al. 2021).
 
-    ``label_smoothing`` as in ALIGN (0.1); ``direction_weights`` are those of image to text and text to image.
+    ``label_smoothing`` as in ALIGN (0.1); ``direction_weights`` are those of image to text and text to image. How ranks
+    share their features: ``strategy: ring`` (or gather), ``scope: node``, ``wire_dtype: bfloat16``, ``node_size``; see
+    docs/large_batches.md. All objectives with a loss over the batch take these four.
     """
 
     def __init__(
@@ -57,9 +59,18 @@ class Clip:
         strategy: str = "gather",
         label_smoothing: float = 0.0,
         direction_weights: tuple[float, float] = (0.5, 0.5),
+        scope: str = "global",
+        wire_dtype: str | None = None,
+        node_size: int | None = None,
     ) -> None:
         self.loss = ClipLoss(
-            group=group, strategy=strategy, label_smoothing=label_smoothing, direction_weights=direction_weights
+            group=group,
+            strategy=strategy,
+            label_smoothing=label_smoothing,
+            direction_weights=direction_weights,
+            scope=scope,
+            wire_dtype=dtype_on_wire(wire_dtype),
+            node_size=node_size,
         )
 
     def __call__(self, output: DualOutput, batch: Batch) -> Tensor:
@@ -70,8 +81,17 @@ class Clip:
 class SigLip:
     """Pairwise sigmoid loss over the global batch (SigLIP, Zhai et al. 2023). Wants ``model.init_logit_bias: -10``."""
 
-    def __init__(self, *, group: dist.ProcessGroup | None, strategy: str = "gather") -> None:
-        self.loss = SigLipLoss(group=group, strategy=strategy)
+    def __init__(
+        self,
+        *,
+        group: dist.ProcessGroup | None,
+        strategy: str = "gather",
+        scope: str = "global",
+        wire_dtype: str | None = None,
+        node_size: int | None = None,
+    ) -> None:
+        wire = dtype_on_wire(wire_dtype)
+        self.loss = SigLipLoss(group=group, strategy=strategy, scope=scope, wire_dtype=wire, node_size=node_size)
 
     def __call__(self, output: DualOutput, batch: Batch) -> Tensor:
         if output.logit_bias is None:
@@ -96,11 +116,22 @@ class Filip:
         travelling: str = "text",
         select_tokens: float | None = None,
         token_dtype: str = "float32",
+        strategy: str = "gather",
+        scope: str = "global",
+        wire_dtype: str | None = None,
+        node_size: int | None = None,
     ) -> None:
         if token_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"token_dtype={token_dtype!r}: expected float32 or bfloat16")
         self.loss = FilipLoss(
-            group=group, direction_weights=direction_weights, travelling=travelling, select_tokens=select_tokens
+            group=group,
+            direction_weights=direction_weights,
+            travelling=travelling,
+            select_tokens=select_tokens,
+            strategy=strategy,
+            scope=scope,
+            wire_dtype=dtype_on_wire(wire_dtype),
+            node_size=node_size,
         )
         self.dtype: torch.dtype = getattr(torch, token_dtype)
 

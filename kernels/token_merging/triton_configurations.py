@@ -11,6 +11,8 @@ from ..late_interaction.triton_configurations import next_power, on_tensor_cores
 
 # Rows of a sample up to which a tile of half the height leaves less of itself empty, and gives twice as many programs.
 _FEW_ROWS = 256
+# D up to which the streamed rows come from L2 as fast as they are multiplied.
+_NARROW = 128
 
 
 def sweep_config(arch: str, dtype: torch.dtype, width: int, *, rows: int, cols: int) -> Config:
@@ -25,12 +27,15 @@ def sweep_config(arch: str, dtype: torch.dtype, width: int, *, rows: int, cols: 
     if not on_tensor_cores(dtype, "ieee"):
         config = Config(64, 64, 16, 8, 2)
     else:
-        # A thread of Blackwell holds a row, and with it two numbers for each lane.
-        config = Config(128 if arch == "sm100" or rows > _FEW_ROWS else 64, 32 if arch == "sm100" else 64, 64, 4, 2)
-        config = replace(config, block_k=max(16, next_power(width)) if width <= whole_width(arch) else 64)
+        whole = width <= whole_width(arch)
+        block_k = max(16, next_power(width)) if whole else 64
+        # Twice the height fetches the streamed rows half as often, which wide ones need; Blackwell takes as long for half a
+        # tile. Otherwise more of the small ones run at a time.
+        tall = arch == "sm100" or (width > _NARROW and rows > _FEW_ROWS)
         # The old instructions read their operands from registers: more threads have more of them.
-        if config.block_m == 128 or (arch == "sm80" and config.block_k > 64):
-            config = replace(config, num_warps=8)
+        warps = 8 if tall or (arch == "sm80" and block_k > 64) else 4
+        # A thread of Blackwell holds a row, and with it two numbers for each lane.
+        config = Config(128 if tall else 64, 32 if arch == "sm100" else 64, block_k, warps, 2)
     return replace(config, block_n=min(config.block_n, max(16, next_power(cols))))
 
 

@@ -19,7 +19,6 @@ WORKER = Path(__file__).parents[1] / "support" / "watch_worker.py"
 KILLED = -signal.SIGKILL
 # exit codes of four ranks, and what those that end for another one say
 WAYS = {
-    "killed": ([3, 3, KILLED, 3], "rank 2 died: no sign of life for"),
     "first_killed": ([KILLED, 3, 3, 3], "rank 0 died: nobody answers there"),  # the store goes with it
     "hangs": ([3, 3, 3, 3], "rank 2 hangs in step 3 (data, watch_worker.py:"),
     "loader_ends": ([3, 3, 2, 3], "rank 2 stopped in step 3 (data, watch_worker.py:"),

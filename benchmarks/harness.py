@@ -30,9 +30,9 @@ Prepare = Callable[[list[Tensor]], Call]
 #: the caches as another contender left them, weighs little.
 _LEAST_BURST = 0.02
 
-#: Seconds. Shorter calls are made once, unmeasured, before each round's measured ones: what memory costs is then that of a
-#: loop of this call, and not of what ran before. On virtual machines with free page reporting freed memory goes back
-#: to the host within a second or two, and to touch it again takes ten times as long: 250 MB took 0.3 s more.
+#: Seconds. Shorter calls are made once, unmeasured, before each round's measured ones: what memory costs is then that of
+#: a loop of this call, and not of what ran before. On virtual machines with free page reporting freed memory goes back
+#: to the host within a second or two, and to touch it again takes ten times as long: 200 MB took 0.3 s more.
 _LONGEST_SETTLED = 2.0
 
 

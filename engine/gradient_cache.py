@@ -76,6 +76,7 @@ class GradientCache:
 
         A call replaces the one before it, whose loss then cannot be given to :meth:`backward`.
         """
+        self._pending = None
         if isinstance(self.model, nn.Module):
             check_batch_statistics(self.model)
         inputs = list(_leaves((args, kwargs)))

@@ -6,6 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -29,6 +30,17 @@ from .model import DualOutput
 _DECIDED = ("self", "group", "rank", "world_size", "local_loss", "reduction", "options")
 
 
+def dtype_on_wire(name: str | None) -> torch.dtype | None:
+    """A recipe's ``wire_dtype``, in which features travel between ranks: bfloat16, float16, or None for their own.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in (None, "bfloat16", "float16"):
+        raise ValueError(f"wire_dtype={name!r}: expected bfloat16, float16 or nothing")
+    return None if name is None else getattr(torch, name)
+
+
 @dataclass(frozen=True)
 class LossObjective:
     """Makes objectives of a loss.
@@ -42,6 +54,8 @@ class LossObjective:
     given: tuple[str, ...] = ()
 
     def __call__(self, *, group: dist.ProcessGroup | None, **arguments: Any) -> _OfFeatures:
+        if "wire_dtype" in arguments:
+            arguments |= {"wire_dtype": dtype_on_wire(arguments["wire_dtype"])}
         return _OfFeatures(self.loss(group=group, **arguments), self.given)
 
     def arguments(self) -> list[str]:

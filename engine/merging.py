@@ -10,6 +10,7 @@ from torch import nn
 from ..kernels.token_merging import (
     ClipMerging,
     ConstantR,
+    CrossTokens,
     FlopsBudget,
     KeepRatio,
     LinearR,
@@ -57,6 +58,9 @@ class TokenMergingConfig(StrictModel):
     target_tokens: int | float | None = Field(None, description="tokens that leave the last layer; below 1: a share")
     flops: float | None = Field(None, gt=0, le=1, description="share of the tower's FLOPs without merging")
     clips: ClipMergingConfig | None = Field(None, description="for tempme")
+    cross_tokens: bool = Field(
+        False, description="for crossget: learn what matters to the other modality; add the objective crossget"
+    )
     proportional: bool = Field(True, description="attention counts how many tokens a token stands for")
 
     @model_validator(mode="after")
@@ -68,6 +72,8 @@ class TokenMergingConfig(StrictModel):
             raise ValueError("inflection goes with a single r")
         if (self.method == "tempme") != (self.clips is not None):
             raise ValueError("method: tempme and clips go together, for example clips: {join: {3: 2, 4: 2}}")
+        if self.cross_tokens and self.method != "crossget":
+            raise ValueError("cross_tokens go with method: crossget")
         return self
 
 
@@ -76,6 +82,7 @@ def merge_tokens_in(
     config: TokenMergingConfig | None,
     key: str,
     *,
+    cross_tokens: CrossTokens | None = None,
     frames: int | None = None,
     restore: bool = False,
     trace_source: bool = False,
@@ -86,6 +93,7 @@ def merge_tokens_in(
         tower: of timm or transformers.
         config: the block ``token_merging``.
         key: the tower's in the recipe, for errors.
+        cross_tokens: of `cross_tokens_of`, where the recipe asked for them.
         frames: of a clip, where the tower takes the frames of clips.
         restore: the tower returns as many tokens as it takes, each as what it was merged into.
         trace_source: keep what ``merged_sources`` asks for.
@@ -98,6 +106,8 @@ def merge_tokens_in(
         return
     if config.clips is not None and frames is None:
         raise PairtileError(f"{key}.token_merging.clips joins frames of clips: set data.frames")
+    if config.cross_tokens and cross_tokens is None:
+        raise PairtileError(f"{key}.token_merging.cross_tokens are trained with a model: this one has none")
     try:
         clips = None if config.clips is None or frames is None else ClipMerging(frames, **config.clips.model_dump())
         patch(
@@ -105,12 +115,24 @@ def merge_tokens_in(
             _schedule(tower, config),
             method="tome" if config.method == "tempme" else config.method,
             proportional=config.proportional,
+            cross_tokens=cross_tokens if config.cross_tokens else None,
             clips=clips,
             restore=restore,
             trace_source=trace_source,
         )
     except (TypeError, ValueError) as error:
         raise PairtileError(f"{key}.token_merging: {error}") from None
+
+
+def cross_tokens_of(tower: Any, config: TokenMergingConfig | None, key: str) -> CrossTokens | None:
+    """Fresh cross tokens for a tower, where its recipe asks for them. Raises :class:`PairtileError` as above."""
+    if config is None or not config.cross_tokens:
+        return None
+    try:
+        width, _ = _widths(tower)
+    except TypeError as error:
+        raise PairtileError(f"{key}.token_merging.cross_tokens: {error}") from None
+    return CrossTokens(len(tower.blocks) if hasattr(tower, "blocks") else tower.config.num_hidden_layers, width)
 
 
 def _schedule(tower: nn.Module, config: TokenMergingConfig) -> Schedule:
@@ -127,10 +149,13 @@ def _schedule(tower: nn.Module, config: TokenMergingConfig) -> Schedule:
 
 def _widths(tower: Any) -> tuple[int, float]:
     """Channels of a token, and those of the MLP's two products over them, 1.5 times as much where it is gated."""
-    if hasattr(tower, "blocks"):
+    if hasattr(tower, "blocks") and hasattr(tower, "embed_dim"):
         products = [each for each in tower.blocks[0].mlp.modules() if isinstance(each, nn.Linear)]
         return tower.embed_dim, sum(each.weight.numel() for each in products) / (2 * tower.embed_dim**2)
     try:
         return tower.config.hidden_size, tower.config.intermediate_size / tower.config.hidden_size
     except AttributeError:
-        raise TypeError(f"a {type(tower).__name__} does not say how wide it is: give r or keep_ratio") from None
+        raise TypeError(
+            f"a {type(tower).__name__} does not say how wide its layers are: expected a vision transformer of timm or a "
+            "model of transformers"
+        ) from None

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.token_merging import CrossTokens
 from .clips import add_frame_positions, check_clips, mean_over_clip, tokens_of_clip
 from .errors import PairtileError
-from .merging import merge_tokens_in
+from .merging import cross_tokens_of, merge_tokens_in
 from .recipe import ModelConfig
 from .tokens import FeatureMap, Tokens, mean_of_tokens, patch_tokens, return_feature_map, word_mask
 from .towers import build_text, build_vision, enable_activation_checkpointing, pool_hidden_states, portable
@@ -23,7 +24,8 @@ class DualOutput(NamedTuple):
 
     ``image_features`` and ``text_features`` are [n, embed_dim] of unit length; ``logit_scale`` [1] is the factor
     itself, not its logarithm; ``logit_bias`` is [1] or None. With ``model.tokens``: ``image_tokens`` [n, patches, dim] and
-    ``text_tokens`` [n, L, dim] of unit length, ``text_mask`` bool [n, L]; every patch counts.
+    ``text_tokens`` [n, L, dim] of unit length, ``text_mask`` bool [n, L]; every patch counts. With ``cross_tokens`` in both
+    towers: ``image_cross`` and ``text_cross`` [n, layers, embed_dim].
     """
 
     image_features: Tensor
@@ -33,6 +35,8 @@ class DualOutput(NamedTuple):
     image_tokens: Tensor | None = None
     text_tokens: Tensor | None = None
     text_mask: Tensor | None = None
+    image_cross: Tensor | None = None
+    text_cross: Tensor | None = None
 
     def embeddings(self) -> list[Tensor]:
         """All embeddings of the batch."""
@@ -41,13 +45,8 @@ class DualOutput(NamedTuple):
 
     def without_rows(self) -> DualOutput:
         """The same of no pair, with the graph of these."""
-        return DualOutput(
-            self.image_features[:0],
-            self.text_features[:0],
-            self.logit_scale,
-            self.logit_bias,
-            *(each if each is None else each[:0] for each in (self.image_tokens, self.text_tokens, self.text_mask)),
-        )
+        rows = {name: each for name, each in self._asdict().items() if name not in ("logit_scale", "logit_bias")}
+        return self._replace(**{name: each[:0] for name, each in rows.items() if each is not None})
 
 
 class Embedded(NamedTuple):
@@ -93,6 +92,8 @@ class DualEncoder(nn.Module):
         if config.tokens is not None and config.vision.target is None:
             return_feature_map(self.vision)
         self.frame_positions = add_frame_positions(self.vision, frames)
+        self.image_cross = cross_tokens_of(self.vision, config.vision.token_merging, "model.vision")
+        self.text_cross = cross_tokens_of(self.text, config.text.token_merging, "model.text")
         self.merge_tokens(config)
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.init_logit_scale)]))
         self.logit_bias = (
@@ -130,9 +131,16 @@ class DualEncoder(nn.Module):
             PairtileError: a tower whose tokens cannot be merged so.
         """
         vision, text = config.vision.token_merging, config.text.token_merging
-        merge_tokens_in(self.vision, vision, "model.vision", frames=self.frames, trace_source=trace_source)
+        merge_tokens_in(
+            self.vision,
+            vision,
+            "model.vision",
+            cross_tokens=self.image_cross,
+            frames=self.frames,
+            trace_source=trace_source,
+        )
         # pooling by the mask, and late interaction, find every word at its place
-        merge_tokens_in(self.text, text, "model.text", restore=True)
+        merge_tokens_in(self.text, text, "model.text", cross_tokens=self.text_cross, restore=True)
 
     def encode_image(self, images: Tensor, normalize: bool = True) -> Tensor:
         """images uint8 [n, C, H, W], or clips [n, T, C, H, W] -> [n, embed_dim], of unit length in float32 unless ``normalize`` is False."""
@@ -196,7 +204,14 @@ class DualEncoder(nn.Module):
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> DualOutput:
         """One batch of pairs through both towers: row i of ``images`` belongs to row i of the texts."""
         image, text = self.embed_image(images), self.embed_text(input_ids, attention_mask)
-        output = DualOutput(image.pooled, text.pooled, self.scale(), self._bias())
+        output = DualOutput(
+            image.pooled,
+            text.pooled,
+            self.scale(),
+            self._bias(),
+            image_cross=_cross_embeddings(self.image_cross, self.vision_projection),
+            text_cross=_cross_embeddings(self.text_cross, self.text_projection),
+        )
         if image.tokens is None or text.tokens is None:
             return output
         # every patch counts: no mask says so faster
@@ -230,6 +245,21 @@ def _projected(features: Tensor, projection: nn.Linear | None, normalize: bool) 
     assert projection is not None
     projected: Tensor = projection(features)
     return F.normalize(projected.float(), dim=-1) if normalize else projected
+
+
+def _cross_embeddings(cross: CrossTokens | None, projection: nn.Linear | None) -> Tensor | None:
+    """[n, layers, embed_dim]: cross tokens by the projection of the embeddings, which learns nothing from them."""
+    if cross is None or projection is None:
+        return None
+    tokens = cross.tokens().transpose(0, 1)
+    learns = projection.weight.requires_grad
+    # not a detached weight in F.linear: ZeRO-3 gathers weights where their module is called
+    projection.weight.requires_grad_(False)
+    try:
+        found: Tensor = projection(F.layer_norm(tokens, tokens.shape[-1:]))
+    finally:
+        projection.weight.requires_grad_(learns)
+    return found
 
 
 def required_tokens(tokens: Tokens | None) -> Tokens:

@@ -17,9 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..kernels import ClipLoss, FilipLoss, SigLipLoss
+from ..kernels.distributed import gather_counts, global_mean
+from ..kernels.token_merging import cross_token_divergence
 from .data import Batch
 from .errors import RecipeError
-from .loss_objectives import LOSS_OBJECTIVES, LossObjective
+from .loss_objectives import LOSS_OBJECTIVES, LossObjective, dtype_on_wire
 from .model import DualOutput
 from .recipe import ObjectiveConfig
 
@@ -45,7 +47,9 @@ def register(name: str) -> Callable[[Callable[..., Objective]], Callable[..., Ob
 class Clip:
     """Symmetric InfoNCE over the global batch (CLIP, Radford et al. 2021).
 
-    ``label_smoothing`` as in ALIGN (0.1); ``direction_weights`` are those of image to text and text to image.
+    ``label_smoothing`` as in ALIGN (0.1); ``direction_weights`` are those of image to text and text to image. How ranks
+    share their features: ``strategy: ring`` (or gather), ``scope: node``, ``wire_dtype: bfloat16``, ``node_size``; see
+    docs/large_batches.md. All objectives with a loss over the batch take these four.
     """
 
     def __init__(
@@ -55,9 +59,18 @@ class Clip:
         strategy: str = "gather",
         label_smoothing: float = 0.0,
         direction_weights: tuple[float, float] = (0.5, 0.5),
+        scope: str = "global",
+        wire_dtype: str | None = None,
+        node_size: int | None = None,
     ) -> None:
         self.loss = ClipLoss(
-            group=group, strategy=strategy, label_smoothing=label_smoothing, direction_weights=direction_weights
+            group=group,
+            strategy=strategy,
+            label_smoothing=label_smoothing,
+            direction_weights=direction_weights,
+            scope=scope,
+            wire_dtype=dtype_on_wire(wire_dtype),
+            node_size=node_size,
         )
 
     def __call__(self, output: DualOutput, batch: Batch) -> Tensor:
@@ -68,8 +81,17 @@ class Clip:
 class SigLip:
     """Pairwise sigmoid loss over the global batch (SigLIP, Zhai et al. 2023). Wants ``model.init_logit_bias: -10``."""
 
-    def __init__(self, *, group: dist.ProcessGroup | None, strategy: str = "gather") -> None:
-        self.loss = SigLipLoss(group=group, strategy=strategy)
+    def __init__(
+        self,
+        *,
+        group: dist.ProcessGroup | None,
+        strategy: str = "gather",
+        scope: str = "global",
+        wire_dtype: str | None = None,
+        node_size: int | None = None,
+    ) -> None:
+        wire = dtype_on_wire(wire_dtype)
+        self.loss = SigLipLoss(group=group, strategy=strategy, scope=scope, wire_dtype=wire, node_size=node_size)
 
     def __call__(self, output: DualOutput, batch: Batch) -> Tensor:
         if output.logit_bias is None:
@@ -94,11 +116,22 @@ class Filip:
         travelling: str = "text",
         select_tokens: float | None = None,
         token_dtype: str = "float32",
+        strategy: str = "gather",
+        scope: str = "global",
+        wire_dtype: str | None = None,
+        node_size: int | None = None,
     ) -> None:
         if token_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"token_dtype={token_dtype!r}: expected float32 or bfloat16")
         self.loss = FilipLoss(
-            group=group, direction_weights=direction_weights, travelling=travelling, select_tokens=select_tokens
+            group=group,
+            direction_weights=direction_weights,
+            travelling=travelling,
+            select_tokens=select_tokens,
+            strategy=strategy,
+            scope=scope,
+            wire_dtype=dtype_on_wire(wire_dtype),
+            node_size=node_size,
         )
         self.dtype: torch.dtype = getattr(torch, token_dtype)
 
@@ -108,6 +141,28 @@ class Filip:
         tokens = output.image_tokens.to(self.dtype), output.text_tokens.to(self.dtype)
         loss: Tensor = self.loss(*tokens, output.logit_scale, text_mask=output.text_mask)
         return loss
+
+
+@register("crossget")
+class CrossGet:
+    """Jensen-Shannon divergence of both towers' cross tokens, layer by layer (CrossGET, arXiv:2305.17455).
+
+    Wants ``token_merging: {method: crossget, cross_tokens: true}`` in both towers, of as many layers each. It goes beside
+    ``clip``; mean over layers and the global batch.
+    """
+
+    def __init__(self, *, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+
+    def __call__(self, output: DualOutput, batch: Batch) -> Tensor:
+        one, other = output.image_cross, output.text_cross
+        if one is None or other is None or one.shape != other.shape:
+            raise RecipeError(
+                "objective crossget needs the cross tokens of two towers with one number of layers, and model.embed_dim: "
+                "set token_merging={method: crossget, cross_tokens: true, keep_ratio: 0.8} of model.vision and model.text"
+            )
+        terms = cross_token_divergence(one, other).mean(1)
+        return global_mean(terms, gather_counts(len(terms), device=terms.device, group=self.group))
 
 
 class WeightedSum:

@@ -125,6 +125,7 @@ def describe_plan(recipe: Recipe, world_size: int) -> str:
     total, trainable = _count(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
     steps = total_steps(recipe, len(dataset))
     local = recipe.train.batch_size // world_size
+    chunks = "" if recipe.train.cache_chunk is None else f", {recipe.train.cache_chunk:,} at a time"
     # float32 throughout: parameters, gradients, and the two moments of AdamW; ZeRO divides them by the ranks in turn
     stage = recipe.train.zero_stage
     share = [1 if stage < least else world_size for least in (3, 2, 1)]
@@ -134,7 +135,7 @@ def describe_plan(recipe: Recipe, world_size: int) -> str:
         "---",
         f"training samples  {len(dataset):,}, {len(dataset) // recipe.train.batch_size:,} batches an epoch",
         f"steps             {steps:,} of {recipe.train.accumulation} x {recipe.train.batch_size:,} pairs, "
-        f"{local:,} on each of {world_size} ranks",
+        f"{local:,} on each of {world_size} ranks{chunks}",
         f"vocabulary        {tokenizer.vocab_size:,} tokens, context {recipe.data.context_length}",
         *(f"{name:<17} {count:,} parameters" for name, count in counts.items()),
         f"parameters        {total:,}, {trainable:,} of them trained",

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -146,7 +145,7 @@ class Watch:
         assert error is not None
         if not _is_of_an_exchange(error):
             said = f"{type(error).__name__}: {_first_line(error)}"
-            return self._publish(store, [self.rank], f"rank {self.rank} stopped {self._sign().where()}: {said}")
+            return self._publish(store, f"rank {self.rank} stopped {self._sign().where()}: {said}")
         deadline = time.monotonic() + SILENCE
         while time.monotonic() < deadline:
             found = self._read_verdict(store) or self._judge_silence(store, range(self.world_size), SHORT_SILENCE)
@@ -157,22 +156,21 @@ class Watch:
         said = (
             f"an exchange failed on rank {self.rank} {self._sign().where()}, and all ranks live: {_first_line(error)}"
         )
-        return self._publish(store, [self.rank], said)
+        return self._publish(store, said)
 
     def _judge(self, store: Store) -> str | None:
         silent = self._judge_silence(store, [(self.rank + 1) % self.world_size], SILENCE)
         return silent or (self._judge_standstill(store) if self._stands_still() else None)
 
     def _judge_silence(self, store: Store, ranks: range | list[int], limit: float) -> str | None:
-        now, silent, last = time.monotonic(), [], []
+        now, silent = time.monotonic(), []
         for rank, sign in self._signs(store, ranks):
             count, since = self._seen.get(rank, (-1, now))
             if sign.count != count or sign.left:
                 self._seen[rank] = (sign.count, now)
             elif now - since > limit and rank != self.rank:
-                silent.append(rank)
-                last.append(f"rank {rank} died: no sign of life for {now - since:.0f} s, the last one {sign.where()}")
-        return self._publish(store, silent, "; ".join(last)) if silent else None
+                silent.append(f"rank {rank} died: no sign of life for {now - since:.0f} s, the last one {sign.where()}")
+        return self._publish(store, "; ".join(silent)) if silent else None
 
     def _stands_still(self) -> bool:
         """Whether the main thread has not moved for `timeout` seconds: the same turn, and the same line of every frame."""
@@ -190,7 +188,7 @@ class Watch:
         ranks = [rank for rank, sign in signs.items() if sign.turns == behind]
         places = "; ".join(f"rank {rank} hangs {signs[rank].where()}" for rank in ranks[:8])
         waiting = "the other ranks wait for it" if len(ranks) < self.world_size else "all ranks are in the same phase"
-        return self._publish(store, ranks, f"{places}: nothing moved for {self.timeout:.0f} s, {waiting}")
+        return self._publish(store, f"{places}: nothing moved for {self.timeout:.0f} s, {waiting}")
 
     def _sign(self) -> Sign:
         frame = sys._current_frames().get(self._main)
@@ -209,12 +207,11 @@ class Watch:
                 yield rank, Sign(**json.loads(store.get(f"sign/{rank}")))
 
     def _read_verdict(self, store: Store) -> str | None:
-        return json.loads(store.get("verdict"))["said"] if store.check(["verdict"]) else None
+        return store.get("verdict").decode() if store.check(["verdict"]) else None
 
-    def _publish(self, store: Store, ranks: list[int], said: str) -> str:
+    def _publish(self, store: Store, said: str) -> str:
         """Make it the verdict, unless there is one; returns that."""
-        mine: dict[str, Any] = {"ranks": ranks, "said": _ended(said)}
-        return json.loads(store.compare_set("verdict", "", json.dumps(mine)))["said"]
+        return store.compare_set("verdict", "", _ended(said)).decode()
 
     def _part(self, store: Store) -> None:
         """Leave; rank 0 last, since the store ends with it."""

@@ -56,6 +56,8 @@ def test_wheel_holds_sources_recipes_and_type_marker(wheel):
         "pairtile/kernels/py.typed",
         "pairtile/engine/recipes/glyphs_clip.yaml",
         "pairtile/csrc/cpu/features.cpp",
+        "pairtile/csrc/cuda/token_selection.cu",
+        "pairtile/csrc/cuda/token_selection.h",
     ):
         assert name in names
     modules = {name for name in names if name.endswith(".py")}

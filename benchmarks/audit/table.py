@@ -54,12 +54,12 @@ def heading() -> str:
 
 
 def line(examined: Examined) -> str:
-    config = examined.launch.config
+    config, arguments = examined.launch.config, examined.launch.arguments
     values: dict[str, object] = dict.fromkeys(_COLUMNS, "-")
     values |= {
         "kernel": label_of(examined.launch),
         "tile": examined.work.tile,
-        "w/st": f"{config.num_warps}/{config.num_stages}" if config else "4/3",
+        "w/st": f"{config.num_warps}/{config.num_stages}" if config else f"{arguments.get('num_warps', 4)}/3",
         "reg": examined.registers,
         "stack": examined.stack,
         "smemKB": round(examined.shared / KIB),

@@ -43,29 +43,36 @@ void check_index(int64_t index, int64_t size, const char* name) {
   TORCH_CHECK_INDEX(index >= 0 && index < size, name, ": ", index, " is not one of ", size);
 }
 
-// Which tokens are merged into each of some successive places, in the order in which they are given.
-class Arrivals {
+// Items by their key: of each key of a range those that have it, in their order.
+class Lists {
  public:
-  void find(const int64_t* places, int64_t merged, int64_t begin, int64_t end) {
+  void find(const int64_t* keys, int64_t items, int64_t begin, int64_t end) {
     begin_ = begin;
     first_.assign(end - begin, -1);
-    next_.resize(merged);
-    for (int64_t r = merged - 1; r >= 0; --r) {
-      if (places[r] >= begin && places[r] < end) {
-        int64_t& first = first_[places[r] - begin];
-        next_[r] = first;
-        first = r;
+    next_.resize(items);
+    for (int64_t item = items - 1; item >= 0; --item) {
+      if (keys[item] >= begin && keys[item] < end) {
+        int64_t& first = first_[keys[item] - begin];
+        next_[item] = first;
+        first = item;
       }
     }
   }
-  int64_t first(int64_t place) const { return first_[place - begin_]; }  // -1: none
-  int64_t next(int64_t r) const { return next_[r]; }
+  int64_t first(int64_t key) const { return first_[key - begin_]; }  // -1: none
+  int64_t next(int64_t item) const { return next_[item]; }
 
  private:
   int64_t begin_ = 0;
   std::vector<int64_t> first_, next_;
 };
 
+// Places of kept tokens, and the sources that are merged into places.
+struct Lookup {
+  Lists places, sources;
+};
+
+// A task owns the places of some successive kept tokens: these are read as they lie, since fetching rows ahead pays for
+// reads and not for writes, and ToMe's new order takes first the even tokens and then the odd ones.
 template <typename T>
 class Combine {
  public:
@@ -74,38 +81,41 @@ class Combine {
 
   void run() const {
     const int64_t step = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, x_.width * sizeof(T)));
-    const int64_t parts = ceil_div(moves_.count, step);
-    std::vector<Arrivals> arrivals(at::get_num_threads());
+    const int64_t parts = ceil_div(x_.count, step);
+    std::vector<Lookup> lookups(at::get_num_threads());
     for_each_task(x_.batch * parts, [&](int64_t task, int64_t worker) {
-      const int64_t begin = task % parts * step, end = std::min(begin + step, moves_.count);
-      fill(task / parts, begin, end, arrivals[worker]);
+      const int64_t b = task / parts, begin = task % parts * step, end = std::min(begin + step, x_.count);
+      Lookup& of = lookups[worker];
+      of.places.find(moves_.kept + b * moves_.count, moves_.count, begin, end);
+      of.sources.find(moves_.places + b * moves_.merged, moves_.merged, 0, moves_.count);
+      for (int64_t token = begin; token < end; ++token) {
+        for (int64_t place = of.places.first(token); place >= 0; place = of.places.next(place)) {
+          fill(b, token, place, of.sources);
+        }
+      }
+      out_.finish();
     });
   }
 
  private:
-  void fill(int64_t b, int64_t begin, int64_t end, Arrivals& arrivals) const {
-    arrivals.find(moves_.places + b * moves_.merged, moves_.merged, begin, end);
+  void fill(int64_t b, int64_t token, int64_t place, const Lists& merged) const {
     const T* x = x_.sample<T>(b);
-    const int64_t *kept = moves_.kept + b * moves_.count, *sources = moves_.sources + b * moves_.merged;
-    const float* factors = shares_.factors == nullptr ? nullptr : shares_.factors + b * x_.count;
-    for (int64_t place = begin; place < end; ++place) {
-      const float divisor = shares_.divisors == nullptr ? 1.0f : shares_.divisors[b * moves_.count + place];
-      auto factor = [&](int64_t token) { return factors == nullptr ? 1.0f : factors[token]; };
-      const int64_t row = b * moves_.count + place;
-      if (arrivals.first(place) < 0) {
-        scale_token(x + kept[place] * x_.stride, factor(kept[place]), divisor, x_.width, out_, row);
-        continue;
-      }
-      for (int64_t c = 0; c < x_.width; c += kLanes) {
-        const int64_t count = std::min(kLanes, x_.width - c);
-        Vec sum = load_some(x + kept[place] * x_.stride + c, count) * Vec(factor(kept[place]));
-        for (int64_t r = arrivals.first(place); r >= 0; r = arrivals.next(r)) {
-          sum = at::vec::fmadd(load_some(x + sources[r] * x_.stride + c, count), Vec(factor(sources[r])), sum);
-        }
-        out_.put(row, c, sum / Vec(divisor), count);
-      }
+    const int64_t* sources = moves_.sources + b * moves_.merged;
+    const int64_t row = b * moves_.count + place;
+    const float divisor = shares_.divisors == nullptr ? 1.0f : shares_.divisors[row];
+    auto factor = [&](int64_t of) { return shares_.factors == nullptr ? 1.0f : shares_.factors[b * x_.count + of]; };
+    if (merged.first(place) < 0) {
+      scale_token(x + token * x_.stride, factor(token), divisor, x_.width, out_, row);
+      return;
     }
-    out_.finish();
+    for (int64_t c = 0; c < x_.width; c += kLanes) {
+      const int64_t count = std::min(kLanes, x_.width - c);
+      Vec sum = load_some(x + token * x_.stride + c, count) * Vec(factor(token));
+      for (int64_t r = merged.first(place); r >= 0; r = merged.next(r)) {
+        sum = at::vec::fmadd(load_some(x + sources[r] * x_.stride + c, count), Vec(factor(sources[r])), sum);
+      }
+      out_.put(row, c, sum / Vec(divisor), count);
+    }
   }
 
   const TokenBatch& x_;

@@ -122,8 +122,8 @@ PAIRTILE_HOST_DEVICE int lowest_bit(uint32_t bits) {
 #endif
 }
 
-// f(k) for every k with places[k] = place, in rising order. A look at all sources of a sample costs less than the row
-// that follows it, and needs neither atomics nor a sorted list.
+// f(k) for every k with places[k] = place, in rising order. A look at the places of a few hundred sources, which the
+// warps of a sample share in cache, is cheaper than a sorted list of them, and needs no atomics.
 template <class Warp, class F>
 PAIRTILE_DEVICE void each_arrival(Warp& warp, const int64_t* places, int merged, int place, F&& f) {
   for (int first = 0; first < merged; first += kLanes) {

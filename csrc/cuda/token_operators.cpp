@@ -49,10 +49,10 @@ Tokens<void> tokens_of(const Tensor& x) {
 }
 
 Tensor indices(const Tensor& given, const Tensor& x, const char* name) {
-  TORCH_CHECK_VALUE(
-      given.scalar_type() == at::kLong && given.dim() == 2 && given.size(0) == x.size(0) && given.device() == x.device(),
-      name, ": expected int64 indices of ", x.size(0), " samples on ", x.device(), ", got ", given.scalar_type(), " ",
-      given.sizes(), " on ", given.device());
+  const bool fits = given.scalar_type() == at::kLong && given.dim() == 2 && given.size(0) == x.size(0);
+  TORCH_CHECK_VALUE(fits && given.device() == x.device(), name, ": expected int64 indices of ", x.size(0),
+                    " samples on ", x.device(), ", got ", given.scalar_type(), " ", given.sizes(), " on ",
+                    given.device());
   return given.contiguous();
 }
 
@@ -87,8 +87,9 @@ std::tuple<Tensor, Tensor, Tensor> select(const Tensor& best, const Tensor& part
                     tokens - r);
   const int batch = checked_int(best.size(0), "batch");
   const c10::cuda::CUDAGuard guard(best.device());
-  const Tensor kept = at::empty({batch, tokens - r}, choice.options()), sources = at::empty({batch, r}, choice.options());
-  const Tensor places = at::empty({batch, r}, choice.options());
+  const auto options = choice.options();
+  const Tensor kept = at::empty({batch, tokens - r}, options);
+  const Tensor sources = at::empty({batch, r}, options), places = at::empty({batch, r}, options);
   if (batch > 0 && tokens > 0) {
     const SelectionSample first{similarity.const_data_ptr<float>(), choice.const_data_ptr<int64_t>(),
                                 kept.mutable_data_ptr<int64_t>(), sources.mutable_data_ptr<int64_t>(),
@@ -103,7 +104,8 @@ Tensor combined(const Tensor& given, const Tensor& kept, const Tensor& sources, 
                 const OptionalTensor& factors, const OptionalTensor& sizes, const OptionalTensor& divisors,
                 const Tensor& totals) {
   const Tensor x = with_rows(given);
-  const Tensor stay = indices(kept, x, "kept"), move = indices(sources, x, "sources"), to = indices(places, x, "places");
+  const Tensor stay = indices(kept, x, "kept"), move = indices(sources, x, "sources");
+  const Tensor to = indices(places, x, "places");
   TORCH_CHECK_VALUE(move.sizes() == to.sizes(), "places: expected one for each source ", move.sizes(), ", got ",
                     to.sizes());
   const Tensor factor = numbers(factors, x, x.size(1), "factors"), size = numbers(sizes, x, x.size(1), "sizes");

@@ -48,13 +48,11 @@ def ring_results(
 ) -> Results:
     """Row results of this rank's rows over all columns, and column results of its columns over all rows."""
     rows, cols = list(rows), list(cols)
-    layout, wanted, operands = _agreed(exchange, operands, extra, rows, cols)
+    layout, wanted, operands = agreed(exchange, operands, extra, rows, cols)
     needed = tuple(
-        each if k in (1, 5) else mine for k, (each, mine) in enumerate(zip(wanted, _wanted(operands), strict=True))
+        each if k in (1, 5) else mine for k, (each, mine) in enumerate(zip(wanted, wanted_by(operands), strict=True))
     )
-    if any(wanted) and not any(_wanted(operands)):
-        # This rank's backward must take part in what the others' ask for.
-        operands = operands._replace(x=operands.x.detach().requires_grad_())
+    operands = attached(operands, wanted)
     backend = "torch" if operands.x.dtype == torch.float64 and backend in ("cpp", "triton") else backend
     thresholds = Sweep(exchange, layout, [], backend, settings, needed)
     request = Request(
@@ -69,11 +67,19 @@ def ring_results(
     return of_rows.assemble(results[: of_rows.results]), of_cols.assemble(results[of_rows.results :])
 
 
-def _wanted(operands: Operands) -> list[bool]:
+def attached(operands: Operands, wanted: Sequence[bool]) -> Operands:
+    """A part of the graph if any rank's are: this rank's backward must take part in what the others' ask for."""
+    if any(wanted) and not any(wanted_by(operands)):
+        return operands._replace(x=operands.x.detach().requires_grad_())
+    return operands
+
+
+def wanted_by(operands: Operands) -> list[bool]:
+    """Which of the operands want a gradient on this rank."""
     return [torch.is_grad_enabled() and each is not None and each.requires_grad for each in operands]
 
 
-def _agreed(
+def agreed(
     exchange: Exchange, operands: Operands, extra: Extra, rows: Sequence[Reduction], cols: Sequence[Reduction]
 ) -> tuple[Layout, list[bool], Operands]:
     """How rows and columns lie over the ranks, and which operands want a gradient on any of them: one small exchange.
@@ -82,7 +88,7 @@ def _agreed(
     """
     x, y, scale = operands.x, operands.y, operands.scale
     mine = [len(x) - extra.rows, len(y) - extra.cols, extra.rows, extra.cols]
-    flags = [*_wanted(operands), operands.per_row_scale, torch.is_grad_enabled()]
+    flags = [*wanted_by(operands), operands.per_row_scale, torch.is_grad_enabled()]
     table = all_numbers([*mine, *map(int, flags)], exchange.group, x.device, _said(exchange, operands, rows, cols))
     n, m, extra_n, extra_m, *columns = zip(*table, strict=True)
     *wanted, per_row = (any(each) for each in columns[:-1])
@@ -137,7 +143,7 @@ def gathered_directions(
     """
     # `reference` gathers whatever the strategy.
     exchange = dataclasses.replace(exchange, strategy="gather")
-    layout, _, operands = _agreed(exchange, operands, NO_EXTRA, rows, cols)
+    layout, _, operands = agreed(exchange, operands, NO_EXTRA, rows, cols)
     x, y, scale, bias, row_bias, col_bias = operands
     rows, cols = with_vector_scales(rows, len(x)), with_vector_scales(cols, len(x))
     found: list[Gathered] = []

@@ -12,6 +12,10 @@ from torch.autograd.function import once_differentiable
 from .shards import Shards, agreed_shards, all_numbers
 from .traffic import record
 
+# torch 2.14 renamed both.
+_all_gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_rows = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 @overload
 def gather(
@@ -139,7 +143,7 @@ def _all_gather(rows: Tensor, shards: Shards, purpose: str) -> Tensor:
     gathered = rows.new_empty(shards.world_size * longest, rows.shape[1])
     if gathered.numel():
         record(purpose, (shards.world_size - 1) * padded.nbytes)
-        dist.all_gather_into_tensor(gathered, padded, group=shards.group)
+        _all_gather_rows(gathered, padded, group=shards.group)
     if min(shards.sizes) == longest:
         return gathered
     return torch.cat([part[:size] for part, size in zip(torch.split(gathered, longest), shards.sizes, strict=True)])
@@ -158,5 +162,5 @@ def _reduce_scatter(grad: Tensor, shards: Shards) -> Tensor:
     own = padded.new_empty(longest, grad.shape[1])
     if own.numel():
         record("gradients", (shards.world_size - 1) * own.nbytes)
-        dist.reduce_scatter_tensor(own, padded, group=shards.group)
+        _reduce_scatter_rows(own, padded, group=shards.group)
     return own[: shards.sizes[shards.rank]]

@@ -65,7 +65,7 @@ class Ring:
             What all ranks have made of this rank's shard, joined.
         """
         here = [field.tensor.detach().contiguous() for field in fields]
-        luggage: _Transfer | None = None
+        luggage: Transfer | None = None
         made: list[Tensor] = []
         for step in range(self.world_size):
             owner, last = self.owner(step), step == self.world_size - 1
@@ -82,13 +82,13 @@ class Ring:
                 here = packet.received()
         return luggage.received() if luggage is not None else made
 
-    def _send(self, fields: Sequence[Field], step: int) -> _Transfer:
+    def _send(self, fields: Sequence[Field], step: int) -> Transfer:
         """Start the hop after a step: to the rank that works on this shard next, or home after the last step."""
         following = step + 1 if step < self.world_size - 1 else 0
         target = self._holder(self.owner(step), following)
         coming = self.owner(following)
         source = self._holder(coming, step)
-        return _Transfer(fields, coming, target, source, self.group)
+        return Transfer(fields, coming, target, source, self.group)
 
     def _holder(self, owner: int, step: int) -> int:
         """Which rank holds the shard of `owner` at a step."""
@@ -98,7 +98,7 @@ class Ring:
         return (node + between) % nodes * self._node + (place + between * (self._node - 1) + inside) % self._node
 
 
-class _Transfer:
+class Transfer:
     """Tensors on their way to one rank, and others, of the same kinds, on theirs from another."""
 
     def __init__(

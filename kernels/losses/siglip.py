@@ -7,8 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..contrastive import Diagonal, Reduction, SoftplusSum, similarity_reduce
+from ..contrastive.operator import resolved_operands
+from ..contrastive.ring_sum import ring_sum
 from ..contrastive.sums import sigmoid_sum
-from ..distributed import gather
+from ..distributed import Exchange, gather
 from .base import ContrastiveLoss, Scope, check_pairs, check_scalar
 from .batch import PairBatch, Side, View
 
@@ -102,9 +104,7 @@ class SigLipLoss(ContrastiveLoss):
         bias = 0.0 if logit_bias is None else logit_bias
         exchange = self._exchange()
         if exchange is not None and exchange.strategy == "ring":
-            pairs = PairBatch(Side(image_features), Side(text_features), exchange)
-            (terms,), _ = pairs.reduce(scale=logit_scale, bias=bias, rows=_sigmoids)
-            loss = self._finish(terms, pairs.shards)
+            loss = self._in_ring(exchange, image_features, text_features, logit_scale, bias)
             return {"contrastive_loss": loss} if output_dict else loss
         batch, (all_texts,) = gather(text_features, group=self._group(), wire_dtype=self.wire_dtype)
         positive = Diagonal(batch.start)
@@ -119,6 +119,21 @@ class SigLipLoss(ContrastiveLoss):
             terms = terms if outside == 1 else terms * outside
         loss = self._finish(terms, batch)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _in_ring(
+        self, exchange: Exchange, images: Tensor, texts: Tensor, scale: float | Tensor, bias: float | Tensor
+    ) -> Tensor:
+        pairs = PairBatch(Side(images), Side(texts), exchange)
+        if self.reduction == "none" or not pairs.rings:
+            (terms,), _ = pairs.reduce(scale=scale, bias=bias, rows=_sigmoids)
+            return self._finish(terms, pairs.shards)
+        weight = pairs.shards.weight(self.reduction)
+
+        def block_sum(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor | None, shift: int) -> Tensor:
+            shifted = 0.0 if bias is None else bias
+            return sigmoid_sum(x, y, scale=scale, bias=shifted, positive=Diagonal(shift), weight=weight)
+
+        return self._finish(ring_sum(block_sum, exchange, resolved_operands(images, texts, scale, bias)), pairs.shards)
 
 
 def _sigmoids(view: View) -> tuple[Reduction, ...]:

@@ -6,6 +6,7 @@ from . import cuda_backend as cuda_backend
 from . import triton_backend as triton_backend
 from .attention import AttentionTo, fold_size, proportional_attention
 from .clips import ClipMerging
+from .cross_token import CrossTokens, cross_token_divergence
 from .crossget import complete_graph_matching, complete_graph_soft_matching
 from .drawing import draw_merged_regions
 from .frames import join_frames, merge_frames, pool_windows
@@ -36,6 +37,7 @@ __all__ = [
     "AttentionTo",
     "ClipMerging",
     "ConstantR",
+    "CrossTokens",
     "FlopsBudget",
     "KeepRatio",
     "LinearR",
@@ -50,6 +52,7 @@ __all__ = [
     "bounding_boxes",
     "complete_graph_matching",
     "complete_graph_soft_matching",
+    "cross_token_divergence",
     "draw_merged_regions",
     "fold_size",
     "is_patched",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..contrastive.arguments import described
 from .checks import check_metric, check_number, normalized, protected_mask
+from .combine import combine
 from .matching import Matching, unchanged
 from .merging import Merge, Unmerge
 from .similarity import Partners, best_partners
@@ -85,5 +86,7 @@ def _weights(importance: Tensor, kept: Tensor, sources: Tensor, places: Tensor) 
     destinations = kept.gather(1, places)
     # 2 softmax of two numbers, of the first: 1 + tanh of half their difference.
     lean = torch.tanh((importance.gather(1, sources) - importance.gather(1, destinations)) / 2)
-    weights = torch.ones_like(importance).scatter_add(1, destinations, -lean)
-    return weights.scatter(1, sources, 1 + lean)
+    # What leans away from a destination is added up in the order of its sources, whatever the device.
+    leaning = torch.ones_like(importance).scatter(1, sources, -lean).unsqueeze(-1)
+    remaining = combine(leaning, Matching(kept, sources, places), None, None).squeeze(-1)
+    return torch.ones_like(importance).scatter(1, kept, remaining).scatter(1, sources, 1 + lean)

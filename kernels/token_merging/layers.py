@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionTo
 from .clips import ClipMerging, LayerPlan
+from .cross_token import CrossTokens, cross_guide
 from .crossget import complete_graph_matching
 from .matching import Matching
 from .merging import merge_tokens
@@ -41,6 +42,7 @@ class Merging:
         rotary: so is the first position of every token.
         restore: the last layer gives every first token what its place holds.
         clips: which layers join frames; None: none does.
+        cross: for "crossget", what gives importance in place of a function.
         size: float32 [B, S, 1] of the last forward pass; None where nothing was merged.
         place: int64 [B, N] of the last forward pass, where it is followed.
     """
@@ -55,6 +57,7 @@ class Merging:
     rotary: bool
     restore: bool
     clips: ClipMerging | None = None
+    cross: CrossTokens | None = None
     size: Tensor | None = None
     place: Tensor | None = None
     _plans: dict[int, list[LayerPlan]] = field(default_factory=dict)
@@ -79,6 +82,9 @@ class Merging:
             return self.method(keys, r, self.protected, layer)
         if self.method == "pitome":
             return pitome_matching(keys, r, pitome_margin(layer, self.layers), protected=self.protected)
+        if self.cross is not None:
+            guide, barred = cross_guide(keys, self.protected)
+            return complete_graph_matching(keys, r, guide, protected=barred)
         if self.method == "crossget":
             importance = None if self.importance is None else self.importance(x.detach(), layer)
             return complete_graph_matching(keys, r, importance, protected=self.protected)
@@ -122,7 +128,7 @@ class LayerMerging:
                     "a model with merged tokens runs under reentrant activation checkpointing, which does not see "
                     "tensors in tuples: use use_reentrant=False, the default of timm and transformers"
                 )
-            return self._joined(x)
+            return self._crossed(self._joined(x))
         batch, count, _ = x.shape
         clips = self.model.clips
         if clips is not None and batch % clips.frames:
@@ -137,7 +143,18 @@ class LayerMerging:
             count,
             padded=keep is not None,
         )
-        return self._joined(tokens)
+        return self._crossed(self._joined(tokens))
+
+    def _crossed(self, tokens: Tokens) -> Tokens:
+        """With this layer's cross token at the end, in place of the layer's before."""
+        cross = self.model.cross
+        if cross is None:
+            return tokens
+        if self.layer > 0:
+            return tokens._replace(x=cross(tokens.x[:, :-1], self.layer))
+        size = None if tokens.size is None else torch.cat([tokens.size, torch.ones_like(tokens.size[:, :1])], 1)
+        # a mask of the library's would lack the cross token: sizes say what is padding
+        return tokens._replace(x=cross(tokens.x, 0), size=size, merged=size is not None)
 
     def _joined(self, tokens: Tokens) -> Tokens:
         """Before attention, across frames: by what enters the layer, as its keys do not exist yet."""
@@ -182,7 +199,10 @@ class LayerMerging:
         """What the layer returns: the last one a tensor, with sizes and places left in `model`."""
         if self.layer < self.model.layers - 1:
             return tokens._replace(x=x)
-        self.model.size = tokens.size if tokens.merged else None
+        size = tokens.size
+        if self.model.cross is not None:
+            x, size = x[:, :-1], None if size is None else size[:, :-1]
+        self.model.size = size if tokens.merged else None
         self.model.place = tokens.place
         if self.model.restore and tokens.merged and tokens.place is not None:
             return x.gather(1, tokens.place.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

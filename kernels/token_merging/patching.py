@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .attention import size_bias
 from .clips import ClipMerging
+from .cross_token import CrossTokens
 from .layers import Importance, LayerMerging, Merging, Method, Site
 from .schedules import Schedule, schedule_of
 
@@ -27,6 +28,7 @@ def patch(
     proportional: bool = True,
     protected: int | None = None,
     importance: Importance | None = None,
+    cross_tokens: CrossTokens | None = None,
     clips: ClipMerging | None = None,
     trace_source: bool = False,
     restore: bool = False,
@@ -56,6 +58,8 @@ def patch(
         protected: so many first tokens are never merged; None: the model's class and distillation tokens and registers.
         importance: for "crossget", (tokens [B, N, C], layer from 0) -> [B, N], what must not be lost: in the paper the
             cosine of each token with a cross token.
+        cross_tokens: for "crossget", what learns that importance; a module of the caller's, whose weights are trained beside
+            the model's. Not with rotary embeddings, with `clips`, or without a class token.
         clips: for a batch of videos, frame after frame: layers that join neighbouring frames and merge across them
             (TempMe, arXiv:2409.01156). The model then returns a row for each clip that is left.
         trace_source: keep `merged_sources`.
@@ -78,6 +82,8 @@ def patch(
     if importance is not None and method != "crossget":
         raise ValueError(f'importance goes with method="crossget", not {method!r}')
     schedule, site = schedule_of(r), _site_of(model)
+    if cross_tokens is not None:
+        _check_cross_tokens(cross_tokens, site, method=method, others=(importance, clips))
     if protected is not None and (not isinstance(protected, int) or protected < site.protected):
         raise ValueError(f"protected={protected!r}: expected a number of at least {site.protected}, the model's own")
     merging = Merging(
@@ -91,6 +97,7 @@ def patch(
         rotary=site.rotary,
         restore=restore,
         clips=clips,
+        cross=cross_tokens,
     )
     _install(model, site, merging)
     return model
@@ -158,6 +165,16 @@ def _site_of(model: nn.Module) -> Site:
             site: Site = import_module(f".patch_{library}", __package__).site_of(model)
             return site
     raise TypeError(f"a {type(model).__name__}: expected a model of timm or transformers, the tower itself")
+
+
+def _check_cross_tokens(cross: CrossTokens, site: Site, *, method: str | Method, others: tuple[object, ...]) -> None:
+    if method != "crossget" or any(each is not None for each in others):
+        raise ValueError(f'cross_tokens go with method="crossget", not {method!r}, and not with importance or clips')
+    if site.rotary or not site.protected:
+        what = "rotary embeddings, and a cross token has no place" if site.rotary else "no class token to start from"
+        raise ValueError(f"cross_tokens: the model has {what}")
+    if cross.layers != len(site.layers):
+        raise ValueError(f"cross_tokens of {cross.layers} layers: the model has {len(site.layers)}")
 
 
 def _install(model: Any, site: Site, merging: Merging) -> None:

@@ -37,8 +37,8 @@ class Similarities(NamedTuple):
             margin where that is not negative, else alpha (exp(s - margin) - 1).
         bipartite: (metric [B, N, C], r, protected, class_token, distill_token) -> int64 (kept [B, N - r], sources [B, r],
             places [B, r]), what `tome.bipartite_matching` makes of `best_partners`, at once; None: it is made of that.
-        select: (best float32 [B, ceil(N / 2)] and partner int64 of `best_partners` for the tokens at even positions, N, r,
-            protected, class_token, distill_token) -> (kept, sources, places), the order of `tome.matched`; None: torch sorts.
+        select: (best and partner [B, ceil(N / 2)] of `best_partners` for the tokens at even positions, N, r, protected,
+            class_token, distill_token) -> (kept, sources, places), what `tome.matched` makes of them; None: torch sorts.
         most_tokens: the largest N that `select` takes.
     """
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..contrastive.triton_kernels import launching
 from ..contrastive.triton_kernels.launching import cdiv
-from .triton_configurations import ENTRIES, row_tile
+from .triton_configurations import row_tile, search_block
 from .triton_kernels.combine import combine_rows, spread_rows
 
 
@@ -23,7 +23,7 @@ def combine(
         "tokens": x.shape[1],
         "count": kept.shape[1],
         "merged": sources.shape[1],
-        "ENTRIES": ENTRIES,
+        "ENTRIES": search_block(sources.shape[1]),
     }
     return _launched(combine_rows, x, kept.shape[1], factors, divisors, arguments)
 
@@ -54,6 +54,7 @@ def _launched(
         "INTERPRETED": interpreted,
         "ROWS": lanes,
         "COLS": cols,
+        "num_warps": 1,
     }
     if programs := batch * arguments["blocks"] * cdiv(width, cols):
         with launching.on(x.device):

@@ -181,11 +181,11 @@ def test_tempme_trains_and_evaluates(clips, tmp_path):
     curves = []
     for on in (False, True):
         changes = {"train.activation_checkpointing": on, "output": str(tmp_path / f"run-{on}"), "train.zero_stage": 2}
-        run = train(parse_recipe(clips(**changes, **{"train.steps": 6, "eval.contact_sheet": True}))).run_dir
+        run = train(parse_recipe(clips(**changes, **{"train.steps": 4, "eval.contact_sheet": on}))).run_dir
         curves.append(losses(run))
     # recomputation joins and merges the same; it may pick other kernels for views, hence not bitwise
     assert curves[0] == pytest.approx(curves[1], rel=1e-6)
-    assert curves[0][6] < curves[0][1]
+    assert curves[0][4] < curves[0][1]
     encoder = load(run)
     frames = [Image.new("L", (20, 20), 40 * each) for each in range(FRAMES)]
     assert encoder.encode_image([frames, frames]).shape == (2, 32)

@@ -100,8 +100,8 @@ def test_accumulation_autocast_frozen_towers_and_outputs_that_no_loss_reads():
 
 
 def test_two_ranks_reduce_once_and_agree_with_one_process(tmp_path):
-    """Chunks of 3: as many on both ranks, and 3 on one and 2 on the other."""
-    cases = [(6, 6), (8, 4)]
+    """Chunks of 3: as many on both ranks, 3 and 2, and 2 and a blank one."""
+    cases = [(6, 6), (8, 4), (5, 0)]
     results = on_two_ranks(Path(__file__).with_name("gradient_cache_worker.py"), cases, tmp_path)
     for number, shards in enumerate(cases):
         torch.manual_seed(0)
@@ -172,6 +172,21 @@ def test_batch_statistics_are_refused_and_frozen_ones_are_not():
     model[1] = nn.BatchNorm1d(4, track_running_stats=False).eval()
     with pytest.raises(PairtileError, match="BatchNorm1d"):
         cache(torch.ones(4, 4))
+
+
+def test_every_rank_runs_as_many_chunks_however_few_its_rows():
+    seen = []
+    model = nn.Linear(4, 4)
+    cache = GradientCache(lambda x, mask: seen.append((x.tolist(), mask.tolist())) or model(x), 2, chunks=3)
+    for rows in (5, 1, 0):
+        seen.clear()
+        output = cache(torch.ones(rows, 4), torch.zeros(rows, dtype=torch.bool))
+        assert output.shape == (rows, 4)
+        assert [len(x) for x, _ in seen] == {5: [2, 2, 1], 1: [1, 1, 1], 0: [1, 1, 1]}[rows]
+        cache.backward(output.sum())
+        assert len(seen) == 6
+    assert seen[0] == ([[0.0] * 4], [True])  # attention needs a token to attend to
+    assert model.weight.grad.sum() == 4 * 4 * 6
 
 
 def test_misuse_says_what_was_expected():

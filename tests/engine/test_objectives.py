@@ -42,7 +42,7 @@ def test_losses_get_the_features_the_scale_and_the_ids_that_they_name():
     biased = WeightedSum([ObjectiveConfig(name="siglip_plus")], None)
     with pytest.raises(PairtileError, match=r"SigLipPlusLoss needs a bias: set model\.init_logit_bias"):
         biased.terms(DualOutput(*features, scale, None), SimpleNamespace(ids=ids))
-    said = r"no argument 'reduction' \(its arguments: margin, mining, peer_form, positive_share, direction_weights, strategy\)"
+    said = r"no argument 'reduction' \(its arguments: margin, mining, peer_form, positive_share, direction_weights, strategy, scope, wire_dtype, node_size\)"
     with pytest.raises(PairtileError, match=said):
         check_objectives([ObjectiveConfig(name="triplet", args={"reduction": "sum"})])
 

@@ -68,7 +68,7 @@ def test_zero_stages_and_ranks_give_one_curve(tiny, runs):
         ]
         recipes.append(tiny(output=str(runs / f"{ranks}-late"), **late, **{"train.steps": 4, "train.zero_stage": 2}))
         if ranks == 2:  # chunks of 6, 6 and 4 pairs on each rank
-            for stage in (0, 1, 2, 3):
+            for stage in (0, 2, 3):
                 cached = {
                     "train.zero_stage": stage,
                     "train.warmup_steps": 3,
@@ -85,7 +85,7 @@ def test_zero_stages_and_ranks_give_one_curve(tiny, runs):
         # float32: ranks add gradients in another order and ZeRO updates flat buffers (other roundings of the same
         # operations, 6e-8 each); Adam's division by the root of small second moments makes them 1e-5 in ten steps
         assert losses(runs / f"{ranks}-{stage}") == pytest.approx(expected, rel=1e-5), (ranks, stage)
-    for stage in (0, 1, 2, 3):
+    for stage in (0, 2, 3):
         assert losses(runs / f"cached-{stage}") == pytest.approx(expected, rel=1e-5), stage
     assert losses(runs / "2-late") == pytest.approx(losses(runs / "1-late"), rel=1e-5)
     # consolidated weights: the same tensors whatever the stage

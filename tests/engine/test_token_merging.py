@@ -1,5 +1,8 @@
 """Token merging from a recipe: trained, checkpointed, exported, evaluated, under every ZeRO stage."""
 
+import copy
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +31,8 @@ BERT = {
     "args": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
     "pool": "mean",
 }
+CONV = {"model": "nf_resnet26", "image_size": 16, "channels": 1}
+CROSS = {"method": "crossget", "cross_tokens": True, "keep_ratio": 0.8}
 R, KEEP = {"r": 3}, {"keep_ratio": 0.75}
 
 
@@ -37,7 +42,7 @@ def merging(tiny):
 
     def make(image=None, text=None, **changes):
         towers = {
-            "model.vision": {**VIT, "token_merging": image},
+            "model.vision": {**copy.deepcopy(VIT), "token_merging": image},
             "model.text": {**BERT, "token_merging": text},
             "eval.batch_size": 64,
         }
@@ -164,6 +169,24 @@ def test_sources_are_kept_on_request(merging):
     assert merged_sources(model.vision).shape == (2, 17)
 
 
+def test_cross_tokens_learn_from_their_divergence(merging):
+    # the towers stand still: what falls is the cross tokens' own doing
+    objectives = [{"name": "clip", "weight": 0.0}, {"name": "crossget"}]
+    # stage 3, where a weight is there in its own module's call alone
+    partitioned = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    changes = {"train.zero_stage": 3, "train.steps": 6, "model.vision.args.depth": 2, "train.lr": 3e-2}
+    raw = merging(CROSS, CROSS, objectives=objectives, deepspeed=partitioned, **changes)
+    run = train(parse_recipe(raw)).run_dir
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    divergence = [line["loss/crossget"] for line in lines if line["kind"] == "train"]
+    assert divergence[-1] < 0.8 * divergence[0]
+    encoder = load(run)
+    assert encoder.model.image_cross.weight.abs().amax(1).min() > 1e-3, "every layer's"
+    assert encoder.encode_image(images()).shape == (2, 32)
+    with pytest.raises(PairtileError, match="objective crossget needs the cross tokens of two towers"):
+        train(parse_recipe(merging(CROSS, None, objectives=objectives, resume="never", **changes)))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -173,6 +196,8 @@ def test_sources_are_kept_on_request(merging):
         ({"image": {"r": 3, "method": "tempme"}}, "tempme and clips go together"),
         ({"image": {"keep_ratio": 0.3}}, "model.vision.token_merging: ratio=0.3: expected shares from 0.5 to 1"),
         ({"image": {"r": 3, "method": "tempme", "clips": {"join": {1: 2}}}}, r"set data\.frames"),
+        ({"model.vision": {**CONV, "token_merging": {"flops": 0.5}}}, "a NormFreeNet does not say how wide"),
+        ({"model.vision": {**CONV, "token_merging": CROSS}}, r"cross_tokens: a NormFreeNet does not say how wide"),
         ({"model.text": {"model": "clip_text_model", "token_merging": {"r": 2}}}, "a CLIPTextModel of transformers"),
     ],
 )

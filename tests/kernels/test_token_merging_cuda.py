@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import re
@@ -175,6 +176,17 @@ def test_moves_of_tokens_against_float64(bodies, dtype, width, one_place):
     assert set(bodies.calls) == {"combine", "spread"}
 
 
+def test_packets_are_read_where_all_of_them_are_aligned(library):
+    """A GPU faults where a CPU does not."""
+    call = ctypes.CDLL(str(library)).in_packets
+    call.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
+    call.restype = ctypes.c_bool
+    right = [64, 800, 40, 128, 8]
+    assert call(*right)
+    for argument, off in ((0, 4), (1, 2), (2, 1), (3, 8), (4, 3)):
+        assert not call(*[each + off * (k == argument) for k, each in enumerate(right)])
+
+
 def test_averages_without_sizes_and_weights_of_crossget(bodies):
     x, matching = torch.randn(2, 9, 4), some_matching(2, 9, 4, one_place=False)
     weighted = Matching(matching.kept, matching.sources, matching.places, torch.rand(2, 9))
@@ -219,9 +231,11 @@ def test_the_average_as_an_operator_of_the_compiler(bodies):
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_nvcc_compiles_the_kernels_without_spills(tmp_path):
-    """For Ampere, Hopper and Blackwell."""
+    """For Ampere, Hopper and Blackwell, or those of them that it knows."""
+    known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    targets = [each for each in (80, 90, 100) if f"sm_{each}" in known]
     flags = ["-std=c++17", "-O3", "-Xptxas=-v", "-Werror=all-warnings", "--threads=2"]
-    flags += [f"-gencode=arch=compute_{each},code=sm_{each}" for each in (80, 90, 100)]
+    flags += [f"-gencode=arch=compute_{each},code=sm_{each}" for each in targets]
     running = {}
     for source in sorted(SOURCES.glob("*.cu")):
         command = ["nvcc", "-fatbin", *flags, source, "-o", tmp_path / f"{source.stem}.fatbin"]
@@ -230,7 +244,7 @@ def test_nvcc_compiles_the_kernels_without_spills(tmp_path):
         told, _ = running[name].communicate(timeout=600)
         assert running[name].returncode == 0, told
         registers = [int(each) for each in re.findall(r"Used (\d+) registers", told)]
-        assert len(registers) == 3 * kernels
+        assert len(registers) == len(targets) * kernels > 0
         assert max(registers) <= 128, "512 threads of 128 registers are all that an SM has"
         used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", told)
         assert set(used) == {("0", "0", "0")}

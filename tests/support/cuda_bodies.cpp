@@ -63,16 +63,17 @@ class SerialBlock {
   }
 
   void sort() {
+    // The arrangements are spelled out as CUB defines "blocked" and "striped".
     std::vector<std::pair<uint32_t, int>> keys(kThreads * kItems);
-    for (const Thread& thread : threads_) {
+    for (int index = 0; index < kThreads; ++index) {
       for (int item = 0; item < kItems; ++item) {
-        keys[thread.side_by_side(item)] = {thread.keys[item], thread.positions[item]};
+        keys[index * kItems + item] = {threads_[index].keys[item], threads_[index].positions[item]};
       }
     }
     std::stable_sort(keys.begin(), keys.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-    for (Thread& thread : threads_) {
+    for (int index = 0; index < kThreads; ++index) {
       for (int item = 0; item < kItems; ++item) {
-        std::tie(thread.keys[item], thread.positions[item]) = keys[thread.apart(item)];
+        std::tie(threads_[index].keys[item], threads_[index].positions[item]) = keys[item * kThreads + index];
       }
     }
   }
@@ -180,6 +181,10 @@ int select_pairs(const float* best, const int64_t* partner, int batch, int token
   });
 }
 
+bool in_packets(const void* x, int64_t sample_stride, int64_t token_stride, const void* out, int width) {
+  return pairtile::in_packets<float>({static_cast<const float*>(x), sample_stride, token_stride, 1}, out, width);
+}
+
 #define PAIRTILE_MOVES(name, T)                                                                                        \
   void combine_##name(const void* x, int64_t sample_stride, int64_t token_stride, int tokens, const int64_t* kept,     \
                       const int64_t* sources, const int64_t* places, int batch, int count, int merged, int width,      \
@@ -189,7 +194,8 @@ int select_pairs(const float* best, const int64_t* partner, int batch, int token
   }                                                                                                                    \
   void spread_##name(const void* x, int64_t sample_stride, int64_t token_stride, int places, const int64_t* place_of,  \
                      int batch, int count, int width, const float* factors, const float* divisors, void* out) {        \
-    pairtile::spread<T>(x, sample_stride, token_stride, places, place_of, batch, count, width, factors, divisors, out); \
+    pairtile::spread<T>(x, sample_stride, token_stride, places, place_of, batch, count, width, factors, divisors,      \
+                        out);                                                                                          \
   }
 PAIRTILE_MOVES(float32, float)
 PAIRTILE_MOVES(bfloat16, pairtile::BFloat16)

@@ -61,3 +61,5 @@ TOKEN_CALLS: dict[str, Callable[[], list[Tensor]]] = {
     "merged": _merged,
     "plain": _plain,
 }
+#: Those of them that differ in how rows are addressed.
+TOKEN_WAYS = ("later", "energies", "merged")

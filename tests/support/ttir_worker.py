@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
-from triton_tokens import TOKEN_CALLS
+from triton_tokens import TOKEN_CALLS, TOKEN_WAYS
 
 from pairtile.kernels import backends, use_backend
 from pairtile.kernels.contrastive.triton_kernels import launching
@@ -113,9 +113,9 @@ def main() -> None:
     for name in LATE_WAYS:
         with use_backend("triton"):
             LATE_CALLS[name]()
-    for call in TOKEN_CALLS.values():
+    for name in TOKEN_WAYS:
         with use_backend("triton"):
-            call()
+            TOKEN_CALLS[name]()
     json.dump(found | {name: sorted(products) for name, products in codes.items()}, sys.stdout)
 
 

@@ -39,31 +39,25 @@ def combine_rows(
     """
     sample, place, cols = _block(count, width, blocks, ROWS, COLS)
     here = place < count
-    inside = here[:, None] & (cols < width)[None, :]
     token = tl.load(kept + wide(sample) * count + place, mask=here, other=0)
-    own, share = _weighted(x, strides, factors, tokens, sample, token, here, cols, width)
-    factor = _number(factors, sample, tokens, token, here)
-    total, arrived = share, tl.zeros((ROWS,), tl.int32)
+    factor, divisor = _number(factors, sample, tokens, token, here), _number(divisors, sample, count, place, here)
+    if divisors is not None:
+        alone = _arrivals(places, sample, place, merged, ROWS, ENTRIES) == 0
+        factor, divisor = _share(factor, divisor, alone)
+    total = _rows(x, strides, sample, token, here, cols, width).to(tl.float32) * factor[:, None]
     for k in range(0, merged, ENTRIES):
-        entry = k + tl.arange(0, ENTRIES)
-        to = tl.load(places + wide(sample) * merged + entry, mask=entry < merged, other=-1)
-        mine = to[None, :] == place[:, None]
-        found = tl.sum(mine.to(tl.int32), 1)
-        arrived += found
-        for _ in range(0, tl.max(found, 0)):
+        entry, mine = _mine(places, sample, place, k, merged, ENTRIES)
+        for _ in range(0, tl.max(tl.sum(mine.to(tl.int32), 1), 0)):
             at = tl.min(tl.where(mine, entry[None, :], _BEYOND), 1)
             known = at < _BEYOND
             source = tl.load(sources + wide(sample) * merged + at, mask=known, other=0)
-            _, share = _weighted(x, strides, factors, tokens, sample, source, known, cols, width)
-            total += share
+            factor = _number(factors, sample, tokens, source, known)
+            total += _rows(x, strides, sample, source, known, cols, width).to(tl.float32) * factor[:, None]
             mine &= entry[None, :] != at[:, None]
-    divisor = _number(divisors, sample, count, place, here)
-    # A token that is its place's whole average is copied: what was not merged keeps its bits.
-    whole = (arrived == 0) & (factor == divisor)
     if divisors is not None:
-        total = tl.div_rn(total, tl.broadcast_to(divisor[:, None], (ROWS, COLS)))
-    found = tl.where(whole[:, None], own, rounded(total, out.dtype.element_ty, INTERPRETED))
-    tl.store(out + (wide(sample) * count + place)[:, None] * width + cols[None, :], found, mask=inside)
+        total = _over(total, divisor)
+    to = out + (wide(sample) * count + place)[:, None] * width + cols[None, :]
+    tl.store(to, rounded(total, out.dtype.element_ty, INTERPRETED), mask=here[:, None] & (cols < width)[None, :])
 
 
 @triton.jit
@@ -86,14 +80,13 @@ def spread_rows(
     sample, token, cols = _block(tokens, width, blocks, ROWS, COLS)
     here = token < tokens
     place = tl.load(place_of + wide(sample) * tokens + token, mask=here, other=0)
-    own = _rows(x, strides, sample, place, here, cols, width)
     factor, divisor = _number(factors, sample, tokens, token, here), _number(divisors, sample, count, place, here)
-    total = own.to(tl.float32) * factor[:, None]
+    factor, divisor = _share(factor, divisor, here)
+    total = _rows(x, strides, sample, place, here, cols, width).to(tl.float32) * factor[:, None]
     if divisors is not None:
-        total = tl.div_rn(total, tl.broadcast_to(divisor[:, None], (ROWS, COLS)))
-    found = tl.where((factor == divisor)[:, None], own, rounded(total, out.dtype.element_ty, INTERPRETED))
-    inside = here[:, None] & (cols < width)[None, :]
-    tl.store(out + (wide(sample) * tokens + token)[:, None] * width + cols[None, :], found, mask=inside)
+        total = _over(total, divisor)
+    to = out + (wide(sample) * tokens + token)[:, None] * width + cols[None, :]
+    tl.store(to, rounded(total, out.dtype.element_ty, INTERPRETED), mask=here[:, None] & (cols < width)[None, :])
 
 
 @triton.jit
@@ -123,10 +116,38 @@ def _number(numbers, sample, length, row, known):
 
 
 @triton.jit
-def _weighted(x, strides, factors, tokens, sample, row, known, cols, width):
-    """Rows as they are, and times their factors in float32."""
-    own = _rows(x, strides, sample, row, known, cols, width)
-    share = own.to(tl.float32)
-    if factors is not None:
-        share *= _number(factors, sample, tokens, row, known)[:, None]
-    return own, share
+def _share(factor, divisor, alone):
+    """Factor and divisor, 1 where they are equal: x * 7 / 7 is not x, and what is not merged keeps its bits."""
+    whole = alone & (factor == divisor)
+    return tl.where(whole, 1.0, factor), tl.where(whole, 1.0, divisor)
+
+
+@triton.jit
+def _over(total, divisor):
+    """Rows over their divisors, as a division rounds: the quotient of a reciprocal, and what it leaves over.
+
+    The division itself has a slow path that is a call, before which registers are saved on the stack.
+    """
+    inverse = (1.0 / divisor)[:, None]
+    quotient = total * inverse
+    left = tl.fma(-quotient, tl.broadcast_to(divisor[:, None], total.shape), total)
+    corrected = tl.fma(left, tl.broadcast_to(inverse, total.shape), quotient)
+    return tl.where(tl.abs(quotient) < float("inf"), corrected, quotient)
+
+
+@triton.jit
+def _mine(places, sample, place, k, merged, ENTRIES: tl.constexpr):
+    """The sources k, k + 1, ..., and which of them come to which place, [places, ENTRIES]."""
+    entry = k + tl.arange(0, ENTRIES)
+    to = tl.load(places + wide(sample) * merged + entry, mask=entry < merged, other=-1)
+    return entry, to[None, :] == place[:, None]
+
+
+@triton.jit
+def _arrivals(places, sample, place, merged, ROWS: tl.constexpr, ENTRIES: tl.constexpr):
+    """How many sources come to each place."""
+    found = tl.zeros((ROWS, ENTRIES), tl.int32)
+    for k in range(0, merged, ENTRIES):
+        _, mine = _mine(places, sample, place, k, merged, ENTRIES)
+        found += mine.to(tl.int32)
+    return tl.sum(found, 1)

@@ -99,7 +99,9 @@ Upstream upstream_of(const Reduction& reduction, const Tensor& gradient, const T
     for (size_t i = 0; i < known.sum.size(); ++i) {
       float& coefficient = upstream.coefficient[i];
       const double sum = shifted || known.shift[i] == 0 ? known.sum[i] : known.sum[i] * std::exp(known.shift[i]);
-      coefficient = known.sum[i] == 0 ? 0.0f : static_cast<float>(coefficient / sum);
+      // Scores that need no shift are near 0: an owner whose largest of all is far below has no allowed pair among them.
+      const bool elsewhere = !shifted && known.shift[i] < 0;
+      coefficient = known.sum[i] == 0 || elsewhere ? 0.0f : static_cast<float>(coefficient / sum);
     }
   }
   return upstream;

@@ -65,7 +65,7 @@ def similarity_reduce(
             `use_memory_budget`, else 64 MiB, on `cpp` for S and for each teacher, or 512 MiB on the `triton` backend. On the `torch` backend a budget below what the smallest tile needs (16 rows by up to 8192
             columns) gives that tile, and 16-bit inputs need a float32 accumulator for the gradient of y on top; on
             `triton` both gradients need one where neither side of S fits into a panel.
-        group: a process group of several ranks. Each passes its own rows and columns, which may differ in number, and
+        group: a process group. Each of its ranks passes its own rows and columns, which may differ in number, and
             what belongs to them (biases, ids, weights, teachers); S is that of all ranks' rows and columns in rank
             order, whose positions rules name and `ArgTopK` gives. The results are those of this rank's rows and
             columns. Gradients of x, y and the biases are summed over the ranks; those of scale and bias are this
@@ -91,6 +91,8 @@ def similarity_reduce(
             loss = (F.softplus(others - own) + F.softplus(others_t - own_t)).mean() / 2
     """
     exchange = group if isinstance(group, Exchange) or group is None else Exchange(group, strategy)
+    if exchange is not None and dist.get_world_size(exchange.group) == 1:
+        exchange = None
     return reduced(exchange, NO_EXTRA, x, y, scale, bias, row_bias, col_bias, rows, cols, precision, memory_budget)
 
 

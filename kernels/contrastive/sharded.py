@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ..distributed.exchange import Exchange
 from ..distributed.gathering import gather, gather_ids
-from ..distributed.shards import Shards, all_numbers
-from ..dtypes import FEATURE_DTYPES
+from ..distributed.shards import Shards, all_numbers, check_recording
 from .autograd import Settings
 from .operands import Operands
 from .placement import Block, Metadata, with_vector_scales
-from .reductions import PairRules, Reduction, rules_of
+from .reductions import Reduction, Teacher
 from .request import Request
 from .ring import Layout, Sweep, own_scores, ring_reduce
 
@@ -89,39 +88,41 @@ def agreed(
     """
     x, y, scale = operands.x, operands.y, operands.scale
     mine = [len(x) - extra.rows, len(y) - extra.cols, extra.rows, extra.cols]
-    asked = zlib.crc32(repr((_kinds(rows), _kinds(cols))).encode())
-    form = [x.shape[1], FEATURE_DTYPES.index(x.dtype), *(int(each is not None) for each in operands[3:]), asked]
-    flags = [*wanted_by(operands), operands.per_row_scale]
-    table = all_numbers([*mine, *form, *map(int, flags)], exchange.group, x.device)
-    forms = [row[4 : 4 + len(form)] for row in table]
-    if any(each != forms[0] for each in forms):
-        listed = ", ".join(
-            f"rank {rank}: width {width}, {FEATURE_DTYPES[dtype]}, bias {bool(bias)}, row_bias {bool(row)}, "
-            f"col_bias {bool(col)}, reductions {asked:08x}"
-            for rank, (width, dtype, bias, row, col, asked) in enumerate(forms)
-        )
-        raise ValueError(
-            f"ranks differ ({listed}): every rank must pass one width and dtype, the same kinds of arguments, and ask for "
-            "the same reductions in the same order"
-        )
-    n, m, extra_n, extra_m = zip(*(row[:4] for row in table), strict=True)
-    *wanted, per_row = (any(each) for each in zip(*(row[4 + len(form) :] for row in table), strict=True))
+    flags = [*wanted_by(operands), operands.per_row_scale, torch.is_grad_enabled()]
+    table = all_numbers([*mine, *map(int, flags)], exchange.group, x.device, _said(exchange, operands, rows, cols))
+    n, m, extra_n, extra_m, *columns = zip(*table, strict=True)
+    *wanted, per_row = (any(each) for each in columns[:-1])
+    check_recording(columns[-1], wanted)
     if per_row:
         operands = operands._replace(scale=scale.expand(len(x)))
     return Layout(dist.get_rank(exchange.group), n, m, extra_n, extra_m), wanted, operands
 
 
-def _kinds(reductions: Sequence[Reduction]) -> list[object]:
-    """What must be the same on all ranks: kinds of reductions and of rules, and how many scores are chosen."""
-    return [
-        (type(each).__name__, getattr(each, "k", 1), [type(rule).__name__ for rule in rules_of(_excluded(each))])
-        for each in reductions
+def _said(exchange: Exchange, operands: Operands, rows: Sequence[Reduction], cols: Sequence[Reduction]) -> str:
+    """What must be the same on all ranks."""
+    known: dict[int, int] = {}
+    given = [name for name, each in zip(Operands._fields[3:], operands[3:], strict=True) if each is not None]
+    how = f"{exchange.strategy} in {exchange.wire_dtype or operands.x.dtype}, nodes of {exchange.node_size or 'all'}"
+    asked = [
+        f"{name} [{', '.join(_form(each, known) for each in of)}]" for name, of in (("rows", rows), ("cols", cols))
     ]
+    features = f"width {operands.x.shape[1]} {operands.x.dtype}"
+    return f"{how}: {', '.join([features, *given, *asked])}".replace("torch.", "")
 
 
-def _excluded(reduction: Reduction) -> PairRules | None:
-    found: PairRules | None = getattr(reduction, "exclude", None)
-    return found
+def _form(value: object, known: dict[int, int]) -> str:
+    """A reduction, or what it holds, but for the entries and the length of tensors; of a tensor used twice, that it is one."""
+    if isinstance(value, (Tensor, Teacher)):
+        number = known.setdefault(id(value), len(known))
+        if isinstance(value, Tensor):
+            return f"tensor {number} {value.dtype}{list(value.shape[1:])}"
+        return f"Teacher {number}({', '.join(_form(each, known) for each in (value.x, value.y, value.scale))})"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(_form(each, known) for each in value)})"
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    return f"{type(value).__name__}({', '.join(f'{name}={_form(each, known)}' for name, each in fields if each is not None)})"
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,8 @@ def gathered_directions(
 
     Every rank takes part in every exchange, in the order rows, columns.
     """
+    # `reference` gathers whatever the strategy.
+    exchange = dataclasses.replace(exchange, strategy="gather")
     layout, _, operands = agreed(exchange, operands, NO_EXTRA, rows, cols)
     x, y, scale, bias, row_bias, col_bias = operands
     rows, cols = with_vector_scales(rows, len(x)), with_vector_scales(cols, len(x))

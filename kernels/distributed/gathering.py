@@ -7,6 +7,7 @@ from typing import Any, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .shards import Shards, agreed_shards, all_numbers
 from .traffic import record
@@ -18,14 +19,14 @@ _reduce_scatter_rows = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 @overload
 def gather(
-    *tensors: Tensor, group: dist.ProcessGroup | None, wire_dtype: torch.dtype | None = None
+    *tensors: Tensor, group: dist.ProcessGroup | None, wire_dtype: torch.dtype | None = None, said: str = ""
 ) -> tuple[Shards, tuple[Tensor, ...]]: ...
 @overload
 def gather(
-    *tensors: Tensor | None, group: dist.ProcessGroup | None, wire_dtype: torch.dtype | None = None
+    *tensors: Tensor | None, group: dist.ProcessGroup | None, wire_dtype: torch.dtype | None = None, said: str = ""
 ) -> tuple[Shards, tuple[Tensor | None, ...]]: ...
 def gather(
-    *tensors: Tensor | None, group: dist.ProcessGroup | None, wire_dtype: torch.dtype | None = None
+    *tensors: Tensor | None, group: dist.ProcessGroup | None, wire_dtype: torch.dtype | None = None, said: str = ""
 ) -> tuple[Shards, tuple[Tensor | None, ...]]:
     """All ranks' rows of each tensor: [n_r, D] -> [N_global, D], in rank order, with the exact gradient.
 
@@ -36,16 +37,19 @@ def gather(
         tensors: float tensors [n_r, D], not all of one length; a None, on every rank, stays None.
         group: the process group; None leaves the tensors as they are.
         wire_dtype: travel rounded to this dtype, if it is narrower; the results have the tensors' own.
+        said: what else must be the same on all ranks, in words.
 
     Returns:
         (how the rows of the first tensor lie over the ranks, the gathered tensors).
 
     Raises:
-        ValueError: on every rank, if ranks disagree on the width or the dtype of a tensor.
+        ValueError: on every rank, if ranks disagree on the width or the dtype of a tensor, or if one wants a gradient
+            where another records none.
     """
     if group is None:
         return Shards((next(t.shape[0] for t in tensors if t is not None),)), tensors
-    shards = [layout for layout in agreed_shards(*tensors, group=group) if layout is not None]
+    said = f"gathered {said or 'features'}" + (f" in {wire_dtype}" if wire_dtype is not None else "")
+    shards = [layout for layout in agreed_shards(*tensors, group=group, said=said) if layout is not None]
     present = [tensor for tensor in tensors if tensor is not None]
     # A rank whose shard needs no gradient (an empty one, say) must still answer the others in the backward.
     attached = [
@@ -76,12 +80,8 @@ def gather_tokens(
     if group is None:
         return Shards((tokens.shape[0],)), tokens, mask
     count, length, width = tokens.shape
-    table = all_numbers([length, width, int(mask is not None)], group, tokens.device)
-    lengths, widths, masked = zip(*table, strict=True)
-    if len(set(widths)) > 1:
-        raise ValueError(
-            f"tokens differ between ranks (widths by rank: {list(widths)}): every rank must pass one width"
-        )
+    said = f"gathered tokens: width {width}"
+    lengths, masked = zip(*all_numbers([length, int(mask is not None)], group, tokens.device, said), strict=True)
     longest = max(lengths)
     padded = torch.nn.functional.pad(tokens, (0, 0, 0, longest - length))
     shards, (rows,) = gather(padded.reshape(count, longest * width), group=group, wire_dtype=wire_dtype)
@@ -104,7 +104,7 @@ def gather_counts(count: int, *, device: torch.device, group: dist.ProcessGroup 
     """`Shards` of rows that stay where they are, of which the other ranks learn the number alone."""
     if group is None:
         return Shards((count,))
-    table = all_numbers([count], group, device)
+    table = all_numbers([count], group, device, "a count of rows")
     return Shards(tuple(row[0] for row in table), dist.get_rank(group), group)
 
 
@@ -121,6 +121,7 @@ class _GatherRows(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         results = [
             _reduce_scatter(grad, layout).to(dtype) if layout.differentiable else None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..dtypes import FEATURE_DTYPES
 from .traffic import record
 
 
@@ -76,9 +77,38 @@ def find_group(group: dist.ProcessGroup | None, world_size: int, rank: int) -> d
     return found if actual[0] > 1 else None
 
 
-def all_numbers(mine: list[int], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
-    """The numbers of every rank, in rank order."""
-    described = torch.tensor(mine, dtype=torch.int64, device=device)
+def all_numbers(mine: list[int], group: dist.ProcessGroup, device: torch.device, said: str = "") -> list[list[int]]:
+    """The numbers of every rank, in rank order.
+
+    Whatever ranks do next hangs, or mixes up what arrives, where they do not do the same: so they say what that is.
+
+    Args:
+        mine: this rank's numbers, as many as the other ranks'.
+        said: in words, what must be the same on all ranks.
+
+    Raises:
+        ValueError: on every rank, if ranks say different things.
+    """
+    words = said.encode()
+    # All such exchanges are of one size, so that two that do not belong together meet, and see that they do not.
+    message = [zlib.crc32(words), len(mine), len(words), *mine]
+    head = _of_every_rank((message + [0] * _HEAD)[:_HEAD], torch.int64, group, device)
+    if any(row[:2] != head[0][:2] for row in head):
+        longest = max(row[2] for row in head)
+        texts = _of_every_rank([*words, *[0] * (longest - len(words))], torch.uint8, group, device)
+        raise ValueError(_disagreement([bytes(row).rstrip(b"\0").decode() for row in texts]))
+    rest = _of_every_rank(message[_HEAD:], torch.int64, group, device) if len(message) > _HEAD else [[]] * len(head)
+    return [(first[3:] + more)[: len(mine)] for first, more in zip(head, rest, strict=True)]
+
+
+#: Numbers of the message that every agreement begins with: 256 bytes, more than almost all of them need.
+_HEAD = 32
+
+
+def _of_every_rank(
+    mine: list[int], dtype: torch.dtype, group: dist.ProcessGroup, device: torch.device
+) -> list[list[int]]:
+    described = torch.tensor(mine, dtype=dtype, device=device)
     everyone = described.new_empty(dist.get_world_size(group), len(mine))
     record("agreement", (len(everyone) - 1) * described.nbytes)
     dist.all_gather(list(everyone.unbind()), described, group=group)
@@ -86,25 +116,51 @@ def all_numbers(mine: list[int], group: dist.ProcessGroup, device: torch.device)
     return table
 
 
-def agreed_shards(*tensors: Tensor | None, group: dist.ProcessGroup) -> list[Shards | None]:
-    """Agree on how the rows of each tensor lie over the ranks: one small exchange for all of them."""
-    mine = [number for tensor in tensors for number in _description(tensor)]
-    table = all_numbers(mine, group, next(t.device for t in tensors if t is not None))
-    shards: list[Shards | None] = []
-    for first in range(0, len(mine), 4):
-        rows, widths, dtypes, wanted = zip(*(row[first : first + 4] for row in table), strict=True)
-        if len(set(zip(widths, dtypes, strict=True))) > 1:
-            listed = ", ".join(
-                f"rank {rank}: " + ("none" if width < 0 else f"width {width}, {FEATURE_DTYPES[dtype]}")
-                for rank, (width, dtype) in enumerate(zip(widths, dtypes, strict=True))
-            )
-            raise ValueError(f"features differ between ranks ({listed}): every rank must pass one width and dtype")
-        shards.append(Shards(rows, dist.get_rank(group), group, any(wanted)) if widths[0] >= 0 else None)
-    return shards
+def _disagreement(texts: list[str]) -> str:
+    by_text: dict[str, list[int]] = {}
+    for rank, text in enumerate(texts):
+        by_text.setdefault(text, []).append(rank)
+    listed = "; ".join(
+        f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: {text or 'another exchange'}"
+        for text, ranks in by_text.items()
+    )
+    return (
+        f"ranks differ ({listed}): every rank of the group must make the same calls in the same order, with features of "
+        "one width and dtype, the same kinds of arguments and the same options"
+    )
 
 
-def _description(tensor: Tensor | None) -> tuple[int, int, int, int]:
-    """Rows, width, dtype, and whether a gradient is wanted."""
-    if tensor is None:
-        return 0, -1, -1, 0
-    return tensor.shape[0], tensor.shape[1], FEATURE_DTYPES.index(tensor.dtype), int(tensor.requires_grad)
+def check_recording(recording: Sequence[int], wanted: Sequence[bool]) -> None:
+    """Raise, on every rank, if one of them will wait in the backward for another that has none.
+
+    Args:
+        recording: of each rank, whether autograd records there.
+        wanted: whether any rank wants a gradient of each tensor.
+    """
+    if any(wanted) and not all(recording):
+        without = [rank for rank, each in enumerate(recording) if not each]
+        raise ValueError(
+            f"gradients are disabled on ranks {without} and wanted on others, whose backward would wait for them: call "
+            "the loss on all ranks inside torch.no_grad(), or on none"
+        )
+
+
+def agreed_shards(*tensors: Tensor | None, group: dist.ProcessGroup, said: str = "features") -> list[Shards | None]:
+    """Agree on how the rows of each tensor lie over the ranks: one small exchange for all of them.
+
+    Args:
+        said: what the ranks gather, and how.
+    """
+    kinds = ", ".join(
+        "none" if tensor is None else f"width {tensor.shape[1]} {tensor.dtype}".replace("torch.", "")
+        for tensor in tensors
+    )
+    present = [tensor for tensor in tensors if tensor is not None]
+    records = torch.is_grad_enabled()
+    mine = [int(records), *(number for each in present for number in (len(each), int(records and each.requires_grad)))]
+    recording, *columns = zip(*all_numbers(mine, group, present[0].device, f"{said}: {kinds}"), strict=True)
+    wanted = [any(each) for each in columns[1::2]]
+    check_recording(recording, wanted)
+    rank = dist.get_rank(group)
+    found = iter([Shards(rows, rank, group, want) for rows, want in zip(columns[::2], wanted, strict=True)])
+    return [None if tensor is None else next(found) for tensor in tensors]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..contrastive.arguments import FEATURE_DTYPES, described
 from ..distributed import Exchange, Shards, find_group, global_mean, node_group
 from ..distributed.exchange import check_exchange
+from ..distributed.shards import all_numbers
 
 #: Whose columns are a row's negatives: all ranks', those of its node, or those of a group that this process is in.
 Scope = str | dist.ProcessGroup
@@ -64,15 +65,34 @@ class ContrastiveLoss(nn.Module):
         self.scope = scope
         self.wire_dtype = wire_dtype
         self.node_size = node_size
+        # By name, which is the same on all ranks, also where a group is made anew.
+        self._agreed_in = ""
 
     def _group(self) -> dist.ProcessGroup | None:
         """The group that this call runs over; None for one process."""
         whole = find_group(self.group, self.world_size, self.rank)
+        if whole is not None:
+            self._agree(whole)
+        if isinstance(self.scope, dist.ProcessGroup):
+            return find_group(self.scope, 1, 0)
         if whole is None or self.scope == "global":
             return whole
-        group = node_group(self.node_size) if self.scope == "node" else self.scope
-        assert isinstance(group, dist.ProcessGroup)
-        return find_group(group, 1, 0)
+        return find_group(node_group(self.node_size), 1, 0)
+
+    def _agree(self, group: dist.ProcessGroup) -> None:
+        """Raise, at the first call, unless the loss has the same options on all ranks: with others they would hang."""
+        if torch.compiler.is_compiling() or self._agreed_in == group.group_name:
+            return
+        plain = (bool, int, float, str, tuple, torch.dtype)
+        options = {
+            name: value
+            for name, value in sorted(vars(self).items())
+            if isinstance(value, plain) and name not in ("rank", "training", "_agreed_in")
+        }
+        said = f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in options.items())})"
+        device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        all_numbers([], group, device, said)
+        self._agreed_in = group.group_name
 
     def _exchange(self) -> Exchange | None:
         """The same, with how its ranks share their features."""

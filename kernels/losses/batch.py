@@ -79,8 +79,9 @@ class Side:
     def gathered(self, exchange: Exchange) -> tuple[Shards, Side]:
         """The whole batch's, with the exact gradient of the features."""
         taught = [each.detach() for each in self.taught]
+        said = "features" if self.ids is None else "features with ids"
         shards, (features, *taught) = gather(
-            self.features, *taught, group=exchange.group, wire_dtype=exchange.wire_dtype
+            self.features, *taught, group=exchange.group, wire_dtype=exchange.wire_dtype, said=said
         )
         return shards, Side(features, None if self.ids is None else gather_ids(self.ids, shards), taught)
 

@@ -187,9 +187,16 @@ def test_terms_bfloat16_and_disagreement_on_two_ranks(tmp_path):
         torch.testing.assert_close(mean, truth["gradients"][name].float(), rtol=2e-2, atol=1e-3)
 
     for rank in ranks:
-        assert "rank 0: none, rank 1: width 5, torch.float32" in rank[5]["message"]
-        assert "rank 0: width 5, torch.float32, rank 1: width 6, torch.float32" in rank[2]["message"]
-        assert "rank 1: width 5, torch.float64" in rank[3]["message"]
+        for case, width, dtype, negatives in (
+            (5, 5, "float32", "width 5 float32"),
+            (2, 6, "float32", "none"),
+            (3, 5, "float64", "none"),
+        ):
+            kinds = f"rank 1: gathered features: width {width} {dtype}, {negatives}, width {width} {dtype}, none"
+            assert (
+                "rank 0: gathered features: width 5 float32, none, width 5 float32, none; " + kinds
+                in rank[case]["message"]
+            )
     assert "made with world_size=2, rank=1, but the process group has world_size=2, rank=0" in ranks[0][4]["message"]
 
 

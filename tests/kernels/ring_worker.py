@@ -1,0 +1,122 @@
+"""The ranks of test_ring.py: `python ring_worker.py WORLD CHECK...`; a check is a function of this file.
+
+Every check runs on all ranks, which raise what they find wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from contenders import relative_error
+from rank_losses import assert_losses_equal_one_process
+
+from pairtile.kernels import (
+    ArgMax,
+    ArgTopK,
+    Diagonal,
+    LogSumExp,
+    SameId,
+    SoftmaxMean,
+    TopK,
+    build,
+    similarity_reduce,
+    use_backend,
+)
+from pairtile.kernels.build import operators_obstacle
+from pairtile.kernels.distributed import STRATEGIES, Exchange
+from ranks import fork_ranks
+from sharded_cases import assert_equal_to_one_process, sharded_case, share
+
+FLOAT32_BACKEND = "torch" if operators_obstacle() else "cpp"
+#: Seeds that the suite takes; `python -m benchmarks.ranks` takes more.
+SEEDS = range(16)
+
+
+def requests(rank: int, world: int) -> None:
+    """Random requests by every strategy."""
+    for seed in SEEDS:
+        random_request(seed, rank, world)
+
+
+def random_request(seed: int, rank: int, world: int) -> None:
+    """One random request, by gather, ring, and a ring round nodes."""
+    sharded = sharded_case(seed, world)
+    backend, dtype = (("torch", torch.float64), (FLOAT32_BACKEND, torch.float32))[seed % 2]
+    exchanges = [("gather", None), ("ring", None)] + ([("ring", 2)] if world % 2 == 0 and world > 2 else [])
+    for strategy, node_size in exchanges:
+        with use_backend(backend):
+            mine = share(sharded, rank, dtype, Exchange(dist.group.WORLD, strategy, node_size=node_size))
+        shares = [None] * world if rank == 0 else None
+        dist.gather_object(mine, shares)
+        if shares is not None:
+            label = f"seed {seed}, {strategy}, node_size {node_size}, rows {sharded.rows}, cols {sharded.cols}"
+            assert_equal_to_one_process(sharded, shares, dtype, label)
+
+
+def losses(rank: int, world: int) -> None:
+    """One loss of each way in which terms are put together, on towers under DDP."""
+    assert_losses_equal_one_process(["clip_negatives", "siglip", "multi_positive", "distill"], rank, world)
+
+
+def ties(rank: int, world: int) -> None:
+    """Among equal scores the lowest index of the whole batch comes first, whichever rank holds it."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = [3, 0, 5, 2][:world]
+    x, y = torch.randint(-1, 2, (2, sum(sizes), 4), generator=generator).double()
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    asked = {"rows": [ArgTopK(4), TopK(4), ArgMax(Diagonal())], "cols": [ArgTopK(4), TopK(7)]}
+    with use_backend("reference"):
+        truth = similarity_reduce(x, y, scale=1.0, **asked)
+    for strategy in STRATEGIES:
+        for backend, dtype in (("torch", torch.float64), (FLOAT32_BACKEND, torch.float32)):
+            with use_backend(backend):
+                found = similarity_reduce(
+                    x[mine].to(dtype), y[mine].to(dtype), scale=1.0, group=dist.group.WORLD, strategy=strategy, **asked
+                )
+            for given, whole in zip(found[0] + found[1], truth[0] + truth[1], strict=True):
+                assert torch.equal(given.double(), whole[mine].double()), (strategy, backend)
+
+
+def calm_blocks(rank: int, world: int) -> None:
+    """Scores near 0 from one rank and of thousands from another: each block sums its exponentials from a shift of its own."""
+    generator = torch.Generator().manual_seed(4)
+    n = 6
+    x, y = torch.randn(2, n * world, 8, generator=generator).double()
+    size = torch.tensor([1e-3, 1e3]).double().repeat_interleave(n).repeat(world)[: n * world]
+    calm = torch.arange(n * world) // n % 2 == 0
+    # A row that may see no calm column has scores of -1e4 alone.
+    x[0], y[~calm, 0], ids = 0, -10, torch.zeros(n * world, dtype=torch.int64)
+    x[0, 0], ids[0] = 1, 1
+    mine = slice(n * rank, n * (rank + 1))
+
+    def outcome(rows: slice, dtype: torch.dtype, **over: object) -> list[torch.Tensor]:
+        features = [each[rows].to(dtype).requires_grad_() for each in (x, y * size[:, None])]
+        exclude = SameId(ids[rows], calm.long()[rows])
+        asked = [LogSumExp(exclude), SoftmaxMean(sharpness=-0.5, exclude=exclude)]
+        found = similarity_reduce(*features, scale=1.0, rows=asked, cols=asked, **over)
+        results = [each for direction in found for each in direction]
+        torch.stack([each.masked_fill(each.isinf(), 0).sum() for each in results]).sum().backward()
+        return [each.detach() for each in results] + [each.grad for each in features]
+
+    with use_backend("reference"):
+        truth = outcome(slice(None), torch.float64)
+    for strategy in STRATEGIES:
+        for backend, dtype in (("torch", torch.float64), (FLOAT32_BACKEND, torch.float32)):
+            with use_backend(backend):
+                found = outcome(mine, dtype, group=dist.group.WORLD, strategy=strategy)
+            for k, (given, whole) in enumerate(zip(found, truth, strict=True)):
+                error = relative_error(given, whole[mine], 0.0)
+                assert error < (1e-10 if dtype == torch.float64 else 1e-5), (strategy, backend, k, error)
+
+
+def main() -> None:
+    build()
+    world, *names = sys.argv[1:]
+    failed = [name for name in names if not fork_ranks(int(world), globals()[name])]
+    sys.exit(f"failed: {failed}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

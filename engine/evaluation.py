@@ -17,7 +17,7 @@ from .evaluate import SplitResult, evaluate_split, print_results, to_markdown, w
 from .evaluate.merged_sheet import draw_merged_tokens
 from .export import Encoder, find_model, load
 from .model import DualEncoder
-from .plan import open_split, refused_members
+from .plan import check_forward, open_split, refused_members
 from .recipe import EvalConfig, Recipe, load_recipe
 from .runtime import Runtime
 
@@ -128,6 +128,7 @@ def open_run(
     source = find_model(run, which)
     encoder = load(source, device="cuda" if torch.cuda.is_available() else "cpu")
     encoder.model.merge_tokens(recipe.model)
+    check_forward(encoder.model, recipe)
     splits = open_splits(recipe, encoder.tokenizer)
     if not splits:
         raise PairtileError(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .errors import PairtileError
+from .nested import has_rows, leaves_of, names_of, rebuild
 from .reduce_once import Reduction
+from .replay import Autocast, RandomState, devices_of, generators_kept
 
 #: Outputs of a model that belong to the whole batch and not to its rows, by the names of open_clip.
 SHARED = ("logit_scale", "logit_bias")
@@ -50,16 +51,17 @@ class GradientCache:
     Args:
         model: called with each chunk: a module, one wrapped for several ranks, a DeepSpeed engine, or a function (then ranks
             are the caller's affair). Tensors among its arguments, in lists and mappings too, have a row for each sample. It
-            returns a tensor, or a (named) tuple or mapping of them.
+            returns a tensor, or a (named) tuple, list, mapping or dataclass of them.
         chunk: rows that are embedded at a time.
         chunks: how many chunks there are at least; those that are short of rows still run, on a blank one. Ranks whose model
             exchanges something (ZeRO-3) must agree on it: the largest shard's rows over ``chunk``.
         shared: names of the outputs that belong to the whole batch. Only their value in the first chunk counts.
 
     Raises:
-        ValueError: chunk below 1; arguments or outputs whose rows disagree.
+        ValueError: chunk below 1; arguments or outputs whose rows disagree; outputs without a tensor that has rows.
         PairtileError: a BatchNorm that takes the statistics of its batch: those of a chunk would be others, and its running
-            statistics would be updated twice. Or a DeepSpeed configuration that cannot reduce gradients once.
+            statistics would be updated twice. From the second chunk on, any other buffer that a forward changes, as spectral
+            norms and running means do. Or a DeepSpeed configuration that cannot reduce gradients once.
     """
 
     def __init__(
@@ -79,15 +81,19 @@ class GradientCache:
         self._pending = None
         if isinstance(self.model, nn.Module):
             check_batch_statistics(self.model)
-        inputs = list(_leaves((args, kwargs)))
+        inputs = list(leaves_of((args, kwargs)))
         rows = _rows(inputs)
-        pending = _Pending((args, kwargs), self._slices(rows), _devices(self.model, inputs))
+        pending = _Pending((args, kwargs), self._slices(rows), devices_of(self.model, inputs))
+        buffers: dict[str, tuple[Tensor, int]] = {}
         with torch.no_grad():
             for rows_of_chunk in pending.slices:
-                pending.random.append(_RandomState(pending.devices))
+                pending.random.append(RandomState(pending.devices))
                 pending.keep(self._forward(pending.inputs, rows_of_chunk), rows_of_chunk, rows, self.shared)
+                # Not before: DistributedDataParallel copies rank 0's buffers in the first forward.
+                buffers = buffers or _buffers(self.model)
+        _check_unchanged(buffers, self.model)
         self._pending = pending
-        return _rebuild(pending.structure, iter(pending.outputs))
+        return rebuild(pending.structure, iter(pending.outputs))
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add the gradients of `loss`, a scalar made of the outputs of the latest call, to the parameters.
@@ -103,14 +109,14 @@ class GradientCache:
         if pending is None:
             raise RuntimeError("backward without outputs: call the GradientCache first, once for each backward")
         loss.backward()
-        with _generators_kept(pending.devices):
+        with generators_kept(pending.devices):
             for number, rows in enumerate(pending.slices):
                 final = number == len(pending.slices) - 1
                 with self._reduction.chunk(complete=last and final):
                     pending.random[number].restore()
                     with pending.autocast.replayed():
                         outputs = self._forward(pending.inputs, rows)
-                    surrogate = pending.surrogate(list(_leaves(outputs)), rows, with_shared=final)
+                    surrogate = pending.surrogate(list(leaves_of(outputs)), rows, with_shared=final)
                     if surrogate is not None:
                         self._reduction.backward(surrogate)
         for output in pending.outputs:
@@ -123,13 +129,13 @@ class GradientCache:
 
     def _forward(self, inputs: Any, rows: slice) -> Any:
         empty = rows.stop == rows.start
-        leaves = (blank_row(leaf) if empty else leaf[rows] if _has_rows(leaf) else leaf for leaf in _leaves(inputs))
-        args, kwargs = _rebuild(inputs, leaves)
+        leaves = (blank_row(leaf) if empty else leaf[rows] if has_rows(leaf) else leaf for leaf in leaves_of(inputs))
+        args, kwargs = rebuild(inputs, leaves)
         outputs = self.model(*args, **kwargs)
         if not empty:
             return outputs
-        named = zip(_leaves(outputs), _names(outputs))
-        return _rebuild(outputs, (leaf if _is_shared(leaf, name, self.shared) else leaf[:0] for leaf, name in named))
+        named = zip(leaves_of(outputs), names_of(outputs))
+        return rebuild(outputs, (leaf if _is_shared(leaf, name, self.shared) else leaf[:0] for leaf, name in named))
 
 
 @dataclass
@@ -139,20 +145,25 @@ class _Pending:
     inputs: Any
     slices: list[slice]
     devices: list[torch.device]
-    random: list[_RandomState] = field(default_factory=list)
+    random: list[RandomState] = field(default_factory=list)
     structure: Any = None
     outputs: list[Any] = field(default_factory=list)  # tensors of all rows, shared ones, and what is no tensor
     of_rows: list[bool] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.autocast = _Autocast(self.devices)
+        self.autocast = Autocast(self.devices)
 
     def keep(self, structure: Any, rows: slice, total: int, shared: Sequence[str]) -> None:
         """Copy the outputs of one chunk to their places in those of the batch."""
-        leaves, names = list(_leaves(structure)), list(_names(structure))
+        leaves, names = list(leaves_of(structure)), list(names_of(structure))
         if not self.outputs:
             self.structure = structure
             self.of_rows = [not _is_shared(leaf, name, shared) for leaf, name in zip(leaves, names)]
+            if not any(self.of_rows):
+                raise ValueError(
+                    f"the model returned {type(structure).__name__}, in which there is no tensor with a row for each sample: "
+                    "expected a tensor, or a tuple, list, mapping or dataclass of tensors"
+                )
             self.outputs = [
                 leaf.new_empty(total, *leaf.shape[1:], requires_grad=leaf.is_floating_point()) if own else _leaf(leaf)
                 for leaf, own in zip(leaves, self.of_rows)
@@ -191,57 +202,24 @@ def check_batch_statistics(model: nn.Module) -> None:
             )
 
 
+def _buffers(model: Any) -> dict[str, tuple[Tensor, int]]:
+    """Each buffer with the count of its changes in place."""
+    return {name: (each, each._version) for name, each in model.named_buffers()} if isinstance(model, nn.Module) else {}
+
+
+def _check_unchanged(before: dict[str, tuple[Tensor, int]], model: Any) -> None:
+    for name, (buffer, version) in _buffers(model).items():
+        if name in before and (before[name][0] is not buffer or before[name][1] != version):
+            raise PairtileError(
+                f"gradient caching (cache_chunk): the forward of the model changes its buffer {name.removeprefix('module.')}, "
+                "so the second pass would find other values than the first, and change them again; put the module that "
+                "it belongs to into evaluation mode, or update the buffer outside of forward"
+            )
+
+
 def blank_row(leaf: Any) -> Any:
     """One row in place of none: zeros, and True in masks, so that attention has something to attend to."""
-    return leaf.new_full((1, *leaf.shape[1:]), leaf.dtype == torch.bool) if _has_rows(leaf) else leaf
-
-
-class _RandomState:
-    """The states of torch's generators, of the CPU and of devices."""
-
-    def __init__(self, devices: list[torch.device]) -> None:
-        self._cpu = torch.get_rng_state()
-        self._devices = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        for device, state in self._devices:
-            torch.get_device_module(device).set_rng_state(state, device)
-
-
-@contextmanager
-def _generators_kept(devices: list[torch.device]) -> Iterator[None]:
-    before = _RandomState(devices)
-    try:
-        yield
-    finally:
-        before.restore()
-
-
-class _Autocast:
-    """The autocast contexts around the first pass, for the second."""
-
-    def __init__(self, devices: list[torch.device]) -> None:
-        types = dict.fromkeys(["cpu", *(device.type for device in devices)])
-        self._active = [(kind, torch.get_autocast_dtype(kind)) for kind in types if torch.is_autocast_enabled(kind)]
-
-    @contextmanager
-    def replayed(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for kind, dtype in self._active:
-                stack.enter_context(torch.autocast(kind, dtype))
-            # Inside one context a weight is cast once: without a graph in the first pass, and with one that the backward
-            # of its chunk frees.
-            torch.clear_autocast_cache()
-            yield
-            torch.clear_autocast_cache()
-
-
-def _devices(model: Any, inputs: list[Any]) -> list[torch.device]:
-    tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
-    if isinstance(model, nn.Module):
-        tensors += model.parameters()
-    return list(dict.fromkeys(tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")))
+    return leaf.new_full((1, *leaf.shape[1:]), leaf.dtype == torch.bool) if has_rows(leaf) else leaf
 
 
 def _leaf(value: Any) -> Any:
@@ -251,51 +229,13 @@ def _leaf(value: Any) -> Any:
 
 
 def _is_shared(leaf: Any, name: str, shared: Sequence[str]) -> bool:
-    return name in shared or not _has_rows(leaf)
-
-
-def _has_rows(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0
+    return name in shared or not has_rows(leaf)
 
 
 def _rows(inputs: list[Any]) -> int:
-    counts = {leaf.shape[0] for leaf in inputs if _has_rows(leaf)}
+    counts = {leaf.shape[0] for leaf in inputs if has_rows(leaf)}
     if len(counts) != 1:
         raise ValueError(
             f"the tensors given have {sorted(counts) or 'no'} rows: expected tensors with one row for each sample of the batch"
         )
     return counts.pop()
-
-
-def _leaves(tree: Any) -> Iterator[Any]:
-    """What is neither a tuple, a list nor a mapping, in order."""
-    if isinstance(tree, Mapping):
-        tree = tree.values()
-    elif not isinstance(tree, tuple | list):
-        yield tree
-        return
-    for entry in tree:
-        yield from _leaves(entry)
-
-
-def _names(tree: Any, name: str = "") -> Iterator[str]:
-    """For each leaf the innermost key or field that it lies under."""
-    if isinstance(tree, Mapping):
-        named = [(str(key), entry) for key, entry in tree.items()]
-    elif isinstance(tree, tuple | list):
-        named = list(zip(getattr(tree, "_fields", map(str, range(len(tree)))), tree))
-    else:
-        yield name
-        return
-    for key, entry in named:
-        yield from _names(entry, key)
-
-
-def _rebuild(tree: Any, leaves: Iterator[Any]) -> Any:
-    """The same structure around other leaves."""
-    if isinstance(tree, Mapping):
-        return type(tree)({key: _rebuild(entry, leaves) for key, entry in tree.items()})  # type: ignore[call-arg]
-    if isinstance(tree, tuple | list):
-        entries = [_rebuild(entry, leaves) for entry in tree]
-        return type(tree)(*entries) if hasattr(tree, "_fields") else type(tree)(entries)
-    return next(leaves)

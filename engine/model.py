@@ -63,7 +63,8 @@ class DualEncoder(nn.Module):
     None those are the only ones, and the pooled embedding of an image or a text is the mean of its tokens', normalised.
 
     With ``frames`` an image is a clip [n, frames, C, H, W]. The image tower takes its frames as images, and the features
-    that it returns for a clip are averaged: one for each frame, or fewer where ``token_merging.clips`` joins them.
+    that it returns for a clip are averaged: one for each frame, or fewer where ``token_merging.clips`` joins them. So are
+    cross tokens.
 
     ``logit_scale`` holds the logarithm of the scale, in shape [1] because DeepSpeed's broadcast refuses 0-dim
     parameters; it stays float32 whatever the precision of training.
@@ -204,12 +205,13 @@ class DualEncoder(nn.Module):
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> DualOutput:
         """One batch of pairs through both towers: row i of ``images`` belongs to row i of the texts."""
         image, text = self.embed_image(images), self.embed_text(input_ids, attention_mask)
+        image_cross = _cross_embeddings(self.image_cross, self.vision_projection)
         output = DualOutput(
             image.pooled,
             text.pooled,
             self.scale(),
             self._bias(),
-            image_cross=_cross_embeddings(self.image_cross, self.vision_projection),
+            image_cross=None if image_cross is None else mean_over_clip(image_cross, len(images)),
             text_cross=_cross_embeddings(self.text_cross, self.text_projection),
         )
         if image.tokens is None or text.tokens is None:

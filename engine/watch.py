@@ -27,6 +27,7 @@ from .errors import PairtileError, RankFailure
 EXIT_OTHER_RANK = 3
 INTERVAL = 1.0  # seconds between two signs of life
 SILENCE = 30.0  # seconds without one, after which a rank counts as dead: far more than a busy machine delays a thread
+LONGEST_TURN = 2.0  # seconds between two looks of a rank that count; what is beyond them, it was paused itself
 SHORT_SILENCE = 5.0  # the same once an exchange has failed, so that somebody is known to be gone
 _PATIENCE = 60.0  # seconds that an error waits for the reason
 
@@ -44,6 +45,19 @@ class Sign:
 
     def where(self) -> str:
         return f"in step {self.step} ({self.phase}, {self.place})"
+
+
+class Clock:
+    """Seconds in which this process ran. A job that was suspended and goes on has been silent, and nobody is to blame."""
+
+    def __init__(self) -> None:
+        self._now, self._looked = 0.0, time.monotonic()
+
+    def __call__(self) -> float:
+        looked = time.monotonic()
+        self._now += min(looked - self._looked, LONGEST_TURN)
+        self._looked = looked
+        return self._now
 
 
 class Watch:
@@ -94,7 +108,8 @@ class Watch:
             ) from None
         self._main = threading.get_ident()
         self._seen: dict[int, tuple[int, float]] = {}
-        self._stack, self._since = 0, time.monotonic()
+        self._clock = Clock()
+        self._stack, self._since = 0, self._clock()
         self._give_sign(self._store)
         threading.Thread(target=self._run, name="pairtile watch", daemon=True).start()
 
@@ -163,7 +178,7 @@ class Watch:
         return silent or (self._judge_standstill(store) if self._stands_still() else None)
 
     def _judge_silence(self, store: Store, ranks: range | list[int], limit: float) -> str | None:
-        now, silent = time.monotonic(), []
+        now, silent = self._clock(), []
         for rank, sign in self._signs(store, ranks):
             count, since = self._seen.get(rank, (-1, now))
             if sign.count != count or sign.left:
@@ -179,8 +194,8 @@ class Watch:
             lines += id(frame.f_code), frame.f_lasti
             frame = frame.f_back
         if (stack := hash(tuple(lines))) != self._stack:
-            self._stack, self._since = stack, time.monotonic()
-        return time.monotonic() - self._since > self.timeout
+            self._stack, self._since = stack, self._clock()
+        return self._clock() - self._since > self.timeout
 
     def _judge_standstill(self, store: Store) -> str | None:
         signs = dict(self._signs(store, range(self.world_size)))

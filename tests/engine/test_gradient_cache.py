@@ -1,6 +1,8 @@
 """Gradient caching against the same chunks forwarded with their graphs kept, and against the batch in one pass."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -172,6 +174,50 @@ def test_batch_statistics_are_refused_and_frozen_ones_are_not():
     model[1] = nn.BatchNorm1d(4, track_running_stats=False).eval()
     with pytest.raises(PairtileError, match="BatchNorm1d"):
         cache(torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("kind", ["spectral norm", "running mean"])
+def test_buffers_that_a_forward_changes_are_refused(kind):
+    class Centred(nn.Linear):
+        def forward(self, x):
+            found = super().forward(x)
+            if self.training:
+                self.mean = 0.9 * self.mean + 0.1 * found.detach().mean(0)
+            return found - self.mean
+
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)) if kind == "spectral norm" else Centred(4, 4)
+    model.register_buffer("mean", torch.zeros(4))
+    with pytest.raises(PairtileError, match=r"changes its buffer (mean|parametrizations\.weight).*evaluation mode"):
+        GradientCache(model, 2)(torch.ones(4, 4))
+    GradientCache(model.eval(), 2)(torch.ones(4, 4))
+
+
+def test_the_second_pass_is_not_under_an_autocast_that_the_first_was_not_under():
+    seen = []
+    linear = nn.Linear(4, 4)
+    cache = GradientCache(lambda x: seen.append(linear(x)) or seen[-1], 2)
+    loss = cache(torch.ones(4, 4)).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        cache.backward(loss)
+    assert [output.dtype for output in seen] == [torch.float32] * 4
+
+
+@dataclass(frozen=True)
+class Found:
+    features: Tensor
+    scale: Tensor | None = None
+
+
+def test_outputs_may_be_dataclasses_but_no_strangers():
+    linear = nn.Linear(4, 4)
+    cache = GradientCache(lambda x: {"found": Found(linear(x))}, 3)
+    found = cache(torch.ones(4, 4))["found"]
+    assert isinstance(found, Found)
+    assert found.scale is None
+    cache.backward(found.features.sum())
+    assert torch.equal(linear.weight.grad, torch.full((4, 4), 4.0))
+    with pytest.raises(ValueError, match="returned SimpleNamespace, in which there is no tensor with a row"):
+        GradientCache(lambda x: SimpleNamespace(features=linear(x)), 3)(torch.ones(4, 4))
 
 
 def test_every_rank_runs_as_many_chunks_however_few_its_rows():

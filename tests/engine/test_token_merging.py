@@ -131,6 +131,8 @@ def test_a_trained_model_is_evaluated_with_more_merging_and_with_none(merging):
     as_trained, whole, more = (each[0].diagnostics for each in found)
     assert as_trained != whole
     assert as_trained != more
+    with pytest.raises(PairtileError, match="2 ratios for 3 layers: expected one for each"):
+        evaluate_run(run, overrides=["model.vision.token_merging={keep_ratio: [0.7, 0.7]}"], say=lambda line: None)
 
 
 def test_merged_regions_are_drawn(merging, tmp_path):
@@ -185,6 +187,21 @@ def test_cross_tokens_learn_from_their_divergence(merging):
     assert encoder.encode_image(images()).shape == (2, 32)
     with pytest.raises(PairtileError, match="objective crossget needs the cross tokens of two towers"):
         train(parse_recipe(merging(CROSS, None, objectives=objectives, resume="never", **changes)))
+
+
+def test_cross_tokens_of_a_clip_are_the_means_of_its_frames(merging):
+    changes = {"data.frames": 4, "model.vision.args.depth": 2}
+    recipe = parse_recipe(merging(CROSS, CROSS, **changes))
+    model = DualEncoder(recipe.model, vocab_size=300, pad_id=0, context_length=16, frames=4).eval()
+    words = torch.randint(3, 300, (2, 16))
+    clips = images().unsqueeze(1).repeat(1, 4, 1, 1, 1)
+    with torch.no_grad():
+        model.frame_positions.weight.zero_()
+        still = model(clips, words, torch.ones_like(words, dtype=torch.bool))
+        (first,) = model(clips[:1], words[:1], torch.ones_like(words[:1], dtype=torch.bool)).image_cross
+    assert still.image_cross.shape == still.text_cross.shape == (2, 2, 32)
+    # float32 in 2 layers, other batches in one product
+    torch.testing.assert_close(still.image_cross[0], first, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

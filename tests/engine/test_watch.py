@@ -4,12 +4,15 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch.distributed import HashStore
 
 from curves import environment, losses
+from pairtile.engine import watch
 from pairtile.engine.errors import PairtileError
 from pairtile.engine.recipe import parse_recipe
 from pairtile.engine.runtime import Runtime
@@ -45,6 +48,31 @@ def test_the_rank_that_fails_is_named_by_all_others_and_the_run_goes_on(tiny, tm
     train(parse_recipe(raw))
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4]
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_suspended_job_that_goes_on_is_nobodys_silence(monkeypatch):
+    """Scheduler, debugger or laptop stop all ranks for an hour; the neighbour's next sign comes a moment later."""
+    now = 0.0
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
+    watching = watch.Watch()
+    watching.rank, watching.world_size, watching.timeout = 0, 2, 100.0
+    watching._store, watching._main, watching._seen = HashStore(), threading.get_ident(), {}
+    watching._clock, watching._stack, watching._since = watch.Clock(), 0, 0.0
+    watching._store.set("sign/1", json.dumps(vars(watch.Sign(1, 0, 0, "start", "here"))))
+
+    def look(after):
+        nonlocal now
+        now += after
+        # both, as either may be the one that is wrong
+        return watching._judge_silence(watching._store, [1], watch.SILENCE), watching._stands_still()
+
+    for after in (1.0, 3600.0, 1.0):
+        assert look(after) == (None, False)
+    for _ in range(int(watch.SILENCE) - 4):
+        assert look(1.0)[0] is None
+    said, _ = [look(1.0) for _ in range(5)][-1]
+    assert said.startswith("rank 1 died: no sign of life for")
+    assert any(look(1.0)[1] for _ in range(102)), "one that stands still is found as before"
 
 
 def test_a_loader_that_ends_is_an_error_that_says_where():

@@ -77,7 +77,14 @@ def read_audit(file: Path) -> Audit:
 def table(audit: Audit) -> Table:
     titles = ("request", "GPU", "phase", "library", "all overlaps", "nothing overlaps")
     lines = [
-        (each.request, each.gpu, each.phase, f"{each.library} {each.kernel}", f"{each.share4:.0%}", f"{each.serial:.0%}")
+        (
+            each.request,
+            each.gpu,
+            each.phase,
+            f"{each.library} {each.kernel}",
+            f"{each.share4:.0%}",
+            f"{each.serial:.0%}",
+        )
         for each in audit.bounds
     ]
     return Table(titles, tuple(lines))

@@ -44,7 +44,9 @@ def draw_ratios(rows: Sequence[Row], theme: Theme) -> Canvas:
     height = -min(each.y for each in bars) + 1
     figure = canvas(10.4, height * _INCHES + 0.8)
     with_memory = any(each.contender.peak_bytes for each in bars)
-    panels = figure.subplots(1, 2 if with_memory else 1, sharey=True, squeeze=False, width_ratios=[7, 4][: 1 + with_memory])[0]
+    panels = figure.subplots(
+        1, 2 if with_memory else 1, sharey=True, squeeze=False, width_ratios=[7, 4][: 1 + with_memory]
+    )[0]
     _draw_times(panels[0], bars, theme)
     if with_memory:
         _draw_memory(panels[1], bars, theme)
@@ -74,7 +76,9 @@ def _placed(rows: Sequence[Row]) -> tuple[list[_Bar], list[tuple[str, float]]]:
     for row in rows:
         heads.append((row.title, y))
         y -= 1.05
-        ordered = sorted(row.contenders.values(), key=lambda each: (each.name != row.subject, not each.ours, each.median))
+        ordered = sorted(
+            row.contenders.values(), key=lambda each: (each.name != row.subject, not each.ours, each.median)
+        )
         for each in ordered:
             bars.append(_Bar(row, each, y))
             y -= 1
@@ -99,7 +103,9 @@ def _draw_times(axes: Axes, bars: Sequence[_Bar], theme: Theme) -> None:
         )
         if each.contender.name == each.row.subject:
             share = each.row.floor_seconds / each.row.ours.median
-            axes.plot([share, share], [each.y - 0.46, each.y + 0.46], color=theme.ink, linewidth=2, solid_capstyle="butt")
+            axes.plot(
+                [share, share], [each.y - 0.46, each.y + 0.46], color=theme.ink, linewidth=2, solid_capstyle="butt"
+            )
         axes.annotate(
             _label(each, ratio, longest),
             (min(ratio, longest), each.y),
@@ -137,9 +143,7 @@ def _draw_memory(axes: Axes, bars: Sequence[_Bar], theme: Theme) -> None:
         peak, color = each.contender.peak_bytes or 0, role_color(each.contender, each.row, theme)
         axes.plot([least / 2, peak], [each.y, each.y], color=color, linewidth=1.2, alpha=0.5)
         axes.plot(peak, each.y, marker="o", markersize=6, color=color)
-        axes.annotate(
-            size(peak), (peak, each.y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8.5
-        )
+        axes.annotate(size(peak), (peak, each.y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8.5)
     axes.set_xscale("log")
     axes.set_xlim(least / 2, most * (most / least) ** 0.4 * 1.5)
     axes.xaxis.set_major_locator(LogLocator(numticks=5))

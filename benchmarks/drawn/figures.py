@@ -37,13 +37,13 @@ class Figure:
         name: of its file, without suffix.
         title: what it shows.
         caption: what was measured.
-        source: on what, with which versions, when, by which command.
+        source: lines: on what, with which versions, when, by which command.
     """
 
     name: str
     title: str
     caption: str
-    source: str
+    source: Sequence[str]
     light: bytes
     dark: bytes
 
@@ -80,7 +80,9 @@ def _split(rows: Sequence[Row]) -> list[list[Row]]:
 
 def _growth(rows: Sequence[Row]) -> Iterator[Figure]:
     series = series_of(rows)
-    common = "Medians of interleaved rounds; shades are the quartiles, the dotted line is the floor. Both axes logarithmic."
+    common = (
+        "Medians of interleaved rounds; shades are the quartiles, the dotted line is the floor. Both axes logarithmic."
+    )
     for each in series:
         if each.has_memory:
             at = f", {each.fixed}" if each.fixed else ""
@@ -126,7 +128,7 @@ def _audit(audit: Audit | None) -> Iterator[Figure]:
             "needs, over what the tensor cores could do in the clocks that its instructions take: between a schedule that "
             "overlaps nothing and one that overlaps all. Memory and latency are in neither."
         )
-        source = f"`python -m benchmarks.audit --json {audit.file}`; Triton {audit.triton}; {audit.date[:10]}; no GPU"
+        source = [f"`python -m benchmarks.audit --json {audit.file}`; Triton {audit.triton}; {audit.date[:10]}; no GPU"]
         draw = partial(draw_audit, audit)
         yield Figure("audit", "What the GPU kernels allow", caption, source, drawn(draw, LIGHT), drawn(draw, DARK))
 

@@ -16,7 +16,7 @@ from .results import ReportError, Row, read_results
 from .words import duration
 
 LEGEND = (
-    "x ours: the best other's median over ours. Memory: peak of one call above its inputs, gradients included. Floor: the "
+    "Ratio: the best other's median over ours. Memory: peak of one call above its inputs, gradients included; its ratio likewise. Floor: the "
     "time that the row's products, or its bytes, take at the rates of this machine, measured during the same rounds. Error: "
     "of our worst gradient against float64, or of our value where there is no gradient. Noisy: the spread of the "
     "rounds says that a second run's ratio would be off by more than 10% more often than one time in ten."
@@ -75,13 +75,18 @@ def _page(rows: Sequence[Row], drawn: Sequence[Figure], audit: Audit | None) -> 
 
 
 def _markdown(rows: Sequence[Row], drawn: Sequence[Figure], audit: Audit | None) -> str:
-    parts = ["# pairtile: benchmarks", tables.provenance(rows), tables.summary(_summarised(rows)).markdown(), LEGEND]
+    parts = [
+        "# pairtile: benchmarks",
+        _lines(tables.provenance(rows)),
+        tables.summary(_summarised(rows)).markdown(),
+        LEGEND,
+    ]
     for each in drawn:
         picture = (
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{each.name}-dark.png">'
             f'<img src="{each.name}.png" alt="{each.title}"></picture>'
         )
-        parts += [f"## {each.title}", picture, each.caption, each.source]
+        parts += [f"## {each.title}", picture, each.caption, _lines(each.source)]
     if audit is not None:
         parts.append(audit_table(audit).markdown())
     parts.append("## Every contender")
@@ -91,6 +96,10 @@ def _markdown(rows: Sequence[Row], drawn: Sequence[Figure], audit: Audit | None)
         parts += [f"{name}: {reason}" for name, reason in row.missing.items()]
     parts += ["## Runs", tables.runs(rows).markdown()]
     return "\n\n".join(parts) + "\n"
+
+
+def _lines(lines: Sequence[str]) -> str:
+    return "\\\n".join(lines)
 
 
 def _summarised(rows: Sequence[Row]) -> list[Row]:

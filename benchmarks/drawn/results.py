@@ -167,7 +167,7 @@ def _rows_of(file: Path) -> Iterable[Row]:
     run = _run_of(file, stored)
     for each in stored["benchmarks"]:
         if "contenders" in each.get("extra_info", {}):
-            yield _row_of(each, run)
+            yield row_of(each, run)
 
 
 def _run_of(file: Path, stored: Mapping[str, Any]) -> Run:
@@ -188,7 +188,11 @@ def _run_of(file: Path, stored: Mapping[str, Any]) -> Run:
     )
 
 
-def _row_of(stored: Mapping[str, Any], run: Run) -> Row:
+_UNKNOWN_RUN = Run("", "", "", None, None)
+
+
+def row_of(stored: Mapping[str, Any], run: Run = _UNKNOWN_RUN) -> Row:
+    """One row from what pytest-benchmark keeps of a test: its "fullname" and the "extra_info" of ours."""
     info = stored["extra_info"]
     suite = stored["fullname"].split("::")[0].rsplit("/", 1)[-1].removesuffix(".py").removeprefix("test_")
     threads = info.get("threads")

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 #: Two runs of one benchmark are asked to give ratios within this of each other, nine times out of ten.
 REPEATABLE = 0.10
 
-#: Of a normal distribution: the interquartile range in standard deviations, the standard error of a median in those of
-#: a mean, and the deviation that nine of ten samples stay within.
-_QUARTILES, _MEDIAN, _NINE_OF_TEN = 1.349, 1.2533, 1.645
+#: Of a normal distribution, in standard deviations: nine of ten samples stay within it.
+NINE_OF_TEN = 1.645
+#: The interquartile range, and the standard error of a median over that of a mean.
+_QUARTILES, _MEDIAN = 1.349, 1.2533
 
 
 def quartiles(seconds: Sequence[float]) -> tuple[float, float]:
@@ -36,7 +37,7 @@ def ratio_uncertainty(ours: Sequence[float], theirs: Sequence[float]) -> float:
     Nine of ten second runs stay within it. Both runs have the errors of two medians, which are independent.
     The quartiles are used because single rounds that the machine disturbed say nothing about the median.
     """
-    return _NINE_OF_TEN * math.sqrt(2) * math.hypot(relative_deviation(ours), relative_deviation(theirs))
+    return NINE_OF_TEN * math.sqrt(2) * math.hypot(relative_deviation(ours), relative_deviation(theirs))
 
 
 def is_noisy(ours: Sequence[float], theirs: Sequence[float]) -> bool:

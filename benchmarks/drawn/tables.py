@@ -25,7 +25,18 @@ class Table:
 
 def summary(rows: Sequence[Row]) -> Table:
     """Ours, the best other and the floor, with the ratios of time and memory and the worst gradient's error."""
-    titles = ("row", "pairtile", "best other", "its time", "x ours", "memory", "its memory", "floor", "of floor", "error")
+    titles = (
+        "row",
+        "pairtile",
+        "best other",
+        "its time",
+        "ratio",
+        "memory",
+        "memory ratio",
+        "floor",
+        "of floor",
+        "error",
+    )
     return Table(titles, tuple(_summary_line(row) for row in rows))
 
 
@@ -38,7 +49,7 @@ def _summary_line(row: Row) -> tuple[str, ...]:
         duration(best.median) if best else "-",
         ratio_text(row, best) if best else "-",
         size(ours.peak_bytes),
-        size(best.peak_bytes) if best else "-",
+        times(best.peak_bytes / ours.peak_bytes) if best and best.peak_bytes and ours.peak_bytes else "-",
         duration(row.floor_seconds),
         f"{row.floor_seconds / ours.median:.0%}",
         error(ours.gradient_error if ours.gradient_error is not None else ours.value_error),
@@ -70,9 +81,9 @@ def ratio_text(row: Row, each: Contender) -> str:
     if each.name == row.subject:
         return "1"
     if min(len(each.seconds), len(row.ours.seconds)) < 2:
-        return f"{times(row.ratio(each.name))} (one round)"
+        return f"one round, {times(row.ratio(each.name))}"
     uncertain = row.uncertainty(each.name)
-    return times(row.ratio(each.name)) + (f" (noisy, ± {percent(uncertain)})" if uncertain > REPEATABLE else "")
+    return (f"noisy ± {percent(uncertain)}, " if uncertain > REPEATABLE else "") + times(row.ratio(each.name))
 
 
 def runs(rows: Iterable[Row]) -> Table:
@@ -97,13 +108,13 @@ def _run_line(run: Run, rows: Sequence[Row]) -> tuple[str, ...]:
     )
 
 
-def provenance(rows: Sequence[Row]) -> str:
-    """One line for a caption: on what, with what, when and how."""
-    parts = []
+def provenance(rows: Sequence[Row]) -> list[str]:
+    """For each run a line of a caption: on what, with what, when and how."""
+    lines = []
     for run in dict.fromkeys(row.run for row in rows):
         mine = [row for row in rows if row.run == run]
         places = ", ".join(dict.fromkeys(row.place for row in mine))
         versions = ", ".join(dict.fromkeys(f"torch {row.torch}" if row.torch else "torch not recorded" for row in mine))
         how = f"`{run.command}`" if run.command else f"command not recorded, {run.file}"
-        parts.append(f"{run.machine}; {places}; {versions}; {run.day}; {how}")
-    return " / ".join(parts)
+        lines.append(f"{run.machine}; {places}; {versions}; {run.day}; {how}")
+    return lines

@@ -134,7 +134,7 @@ def bare(axes: Axes, grid: str = "both") -> None:
     axes.tick_params(which="both", length=0)
 
 
-def _settings(theme: Theme) -> dict[str, Any]:
+def _settings(theme: Theme) -> Any:
     return {
         "figure.facecolor": theme.background,
         "axes.facecolor": theme.background,

@@ -135,7 +135,7 @@ def test_report_is_whole_and_needs_no_network(tmp_path, stored):
     (tmp_path / "audit.json").write_text(json.dumps(audit))
     page = write_report([tmp_path / "run.json"], tmp_path / "report", tmp_path / "audit.json")
     drawn = {file.name for file in page.parent.glob("*.png")}
-    for name in ("ratios_contrastive", "time_cliploss_float32", "errors", "ranks", "audit"):
+    for name in ("ratios_contrastive", "time_cliploss_float32", "errors_contrastive", "ranks", "audit"):
         assert {f"{name}.png", f"{name}-dark.png"} <= drawn
     text = page.read_text()
     assert text.count("data:image/png;base64,") == len(drawn)

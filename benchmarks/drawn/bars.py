@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from .results import Contender, Row
 from .spread import REPEATABLE
 from .theme import Theme, bare, canvas, role_color, role_legend
-from .words import duration, percent, size, times
+from .words import duration, percent, round_size, size, times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,32 +49,43 @@ def draw_ratios(rows: Sequence[Row], theme: Theme) -> Canvas:
     )[0]
     _draw_times(panels[0], bars, theme)
     if with_memory:
+        panels[0].set(zorder=1, facecolor="none")  # its heads reach over into the panel beside it
         _draw_memory(panels[1], bars, theme)
     panels[0].set_yticks([each.y for each in bars], [each.contender.name for each in bars])
     for label, each in zip(panels[0].get_yticklabels(), bars):
         if each.contender.name == each.row.subject:
             label.set_fontweight("bold")
-    for text, y in heads:
-        panels[0].text(
-            *(0.0, y),
-            text,
-            fontweight="bold",
-            fontsize=9.5,
-            va="center",
-            transform=panels[0].get_yaxis_transform(),
-            bbox={"facecolor": theme.background, "linewidth": 0, "pad": 1.5},
-        )
+    for row, y in heads:
+        _draw_head(panels[0], row, y, theme)
     panels[0].set_ylim(-height, 0.9)
     role_legend(figure, rows, theme, floor=True)
     return figure
 
 
-def _placed(rows: Sequence[Row]) -> tuple[list[_Bar], list[tuple[str, float]]]:
+def _draw_head(axes: Axes, row: Row, y: float, theme: Theme) -> None:
+    """The case and its sizes, on a line of their own that may be longer than the panel."""
+    style = {
+        "va": "center",
+        "annotation_clip": False,
+        "bbox": {"facecolor": theme.background, "linewidth": 0, "pad": 1.5},
+    }
+    case = axes.annotate(
+        row.case, (0, y), xycoords=axes.get_yaxis_transform(), fontweight="bold", fontsize=9.5, **style
+    )
+    sizes = axes.annotate(
+        row.sizes_text, (1, 0.5), xycoords=case, xytext=(8, 0), textcoords="offset points", fontsize=8.5,
+        color=theme.muted, **style,
+    )  # fmt: skip
+    for text in (case, sizes):
+        text.set_in_layout(False)
+
+
+def _placed(rows: Sequence[Row]) -> tuple[list[_Bar], list[tuple[Row, float]]]:
     bars: list[_Bar] = []
-    heads: list[tuple[str, float]] = []
+    heads: list[tuple[Row, float]] = []
     y = 0.0
     for row in rows:
-        heads.append((row.title, y))
+        heads.append((row, y))
         y -= 1.05
         ordered = sorted(
             row.contenders.values(), key=lambda each: (each.name != row.subject, not each.ours, each.median)
@@ -146,7 +157,7 @@ def _draw_memory(axes: Axes, bars: Sequence[_Bar], theme: Theme) -> None:
         axes.annotate(size(peak), (peak, each.y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=8.5)
     axes.set_xscale("log")
     axes.set_xlim(least / 2, most * (most / least) ** 0.4 * 1.5)
-    axes.xaxis.set_major_locator(LogLocator(numticks=5))
+    axes.xaxis.set_major_locator(LogLocator(numticks=4))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g} MB"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: round_size(value)))
     axes.set_title("Peak memory above the inputs")

@@ -25,13 +25,13 @@ def with_errors(rows: Sequence[Row]) -> list[Row]:
 
 def draw_errors(rows: Sequence[Row], theme: Theme) -> Canvas:
     """Every contender of each row; rows without errors are left out by `with_errors`."""
-    figure = canvas(10.4, 0.34 * len(rows) + 1.3)
+    figure = canvas(10.4, 0.36 * len(rows) + 1.3)
     left, right = figure.subplots(1, 2, sharey=True)
     _draw(left, rows, [[each.value_error for each in row.contenders.values()] for row in rows], theme)
     _draw(right, rows, [[each.gradient_error for each in row.contenders.values()] for row in rows], theme)
-    left.set_title("Relative error of the value")
-    right.set_title("Worst gradient of a matrix")
-    left.set_yticks(range(0, -len(rows), -1), [f"{row.case}, {row.error_sizes_text}" for row in rows])
+    left.set_title("Error of the value")
+    right.set_title("Error of the worst gradient")
+    left.set_yticks(range(0, -len(rows), -1), [f"{row.case}\n{row.error_sizes_text}" for row in rows], fontsize=7.5)
     left.set_ylim(-len(rows) + 0.4, 0.6)
     role_legend(figure, rows, theme)
     return figure

@@ -99,14 +99,16 @@ def _growth(rows: Sequence[Row]) -> Iterator[Figure]:
 
 
 def _errors(rows: Sequence[Row]) -> Iterator[Figure]:
-    shown = with_errors(headline_rows(rows, series_of(rows)))
-    if shown:
-        caption = (
-            "Relative error against the dense formula in float64, on the same inputs: the norm of the difference over the "
-            "norm of the truth, at the sizes written beside each row. Rows of 16 bits start from the same 16-bit inputs, and "
-            "who returns gradients in 16 bits rounds them."
-        )
-        yield _figure("errors", "Exactness", caption, shown, partial(draw_errors, shown))
+    every = with_errors(headline_rows(rows, series_of(rows)))
+    caption = (
+        "Relative error against the dense formula in float64, on the same inputs: the norm of the difference over the "
+        "norm of the truth, at the sizes written beside each row. Rows of 16 bits start from the same 16-bit inputs, and "
+        "who returns gradients in 16 bits rounds them."
+    )
+    for suite in dict.fromkeys(row.suite for row in every):
+        shown = [row for row in every if row.suite == suite]
+        title = f"{_named(suite)}: exactness"
+        yield _figure(f"errors_{suite}", title, caption, shown, partial(draw_errors, shown))
 
 
 def _ranks(rows: Sequence[Row]) -> Iterator[Figure]:

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING
 from .families import Series
 from .results import Row
 from .theme import Look, Theme, bare, canvas, looks
-from .words import duration, size
+from .words import round_duration, round_size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
 _PER_LINE = 4
+#: Characters that one line of a legend holds, seven for each line and marker.
+_LEGEND = 130
 
 
 def draw_time_and_memory(series: Series, theme: Theme) -> Canvas:
@@ -98,20 +100,13 @@ def _scales(axes: Axes, sizes: Sequence[int], key: str, *, memory: bool) -> None
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_locator(LogLocator(numticks=8))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    written = (lambda value, _: _round_size(value)) if memory else (lambda value, _: _round_duration(value))
+    written = (lambda value, _: round_size(value)) if memory else (lambda value, _: round_duration(value))
     axes.yaxis.set_major_formatter(FuncFormatter(written))
     axes.set_xlabel(key)
     axes.margins(x=0.12, y=0.08)
 
 
-def _round_duration(value: float) -> str:
-    return duration(value).replace(".00", "").replace(".0 ", " ")
-
-
-def _round_size(value: float) -> str:
-    return size(round(value)).replace(".0 ", " ") if value < 1e9 else f"{value / 1e9:g} GB"
-
-
 def _legend(figure: Canvas, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(len(labels), 5), handlelength=2.4)
+    ncols = len(labels) if len(labels) * 7 + sum(map(len, labels)) <= _LEGEND else math.ceil(len(labels) / 2)
+    figure.legend(handles, labels, loc="outside upper left", ncols=ncols, handlelength=2.4)

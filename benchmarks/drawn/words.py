@@ -15,7 +15,21 @@ def size(count: int | None) -> str:
     """In megabytes, as the tables of the benchmarks have them."""
     if count is None:
         return "-"
+    if count < 1e5:
+        return f"{count / 1e3:.0f} kB"
     return f"{count / 1e6:.1f} MB" if count < 1e7 else f"{count / 1e6:,.0f} MB"
+
+
+def round_size(count: float) -> str:
+    """A power of ten, for an axis."""
+    factor, unit = (1e3, "kB") if count < 1e6 else (1e6, "MB") if count < 1e9 else (1e9, "GB")
+    return f"{count / factor:g} {unit}"
+
+
+def round_duration(seconds: float) -> str:
+    """A round number of seconds, for an axis."""
+    factor, unit = (1e6, "µs") if seconds < 1e-3 else (1e3, "ms") if seconds < 1 else (1, "s")
+    return f"{seconds * factor:g} {unit}"
 
 
 def error(value: float | None) -> str:
@@ -28,7 +42,8 @@ def times(ratio: float) -> str:
 
 
 def percent(share: float) -> str:
-    return f"{share:.0%}" if share < 10 else "over 1000%"
+    """Of an uncertainty: beyond all of the figure more digits say nothing."""
+    return f"{share:.0%}" if share <= 1 else "over 100%"
 
 
 def _three_digits(number: float) -> str:

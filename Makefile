@@ -9,7 +9,7 @@ RUN ?= runs/glyphs_clip
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo peers test test-fast build bench bench-gpu lint typecheck format clean help
+.PHONY: demo peers test test-fast build bench bench-compare bench-gpu lint typecheck format clean help
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -44,11 +44,21 @@ test-fast: $(VENV)/.installed-test  ## without the tests that take more than 20 
 build: $(VENV)/.installed-train  ## compile csrc/ for this machine ahead of the first use
 	$(BIN)/python -c "from pairtile.kernels import build; print(build(verbose=True) or 'nothing was built: the torch backend serves')"
 
-# ARGS="-k siglip" runs a part; PAIRTILE_BENCH_BARS=1 makes a missed bar fail
-bench: $(VENV)/.installed-bench  ## speed, memory and exactness beside open_clip
-	@mkdir -p benchmarks/results
-	env -u OMP_NUM_THREADS $(BIN)/python -m pytest benchmarks $(ARGS) \
-		--benchmark-json=benchmarks/results/$$(date +%Y%m%d-%H%M%S).json
+# ARGS="-k siglip" runs a part, BENCH_FULL=1 all rows; PAIRTILE_BENCH_BARS=1 makes a missed bar fail. Runs are kept in
+# .benchmarks, pytest-benchmark's storage. A row that fails leaves the report of the others.
+RESULTS := benchmarks/results
+STAMP := $(shell date +%Y%m%d-%H%M%S)
+bench: $(VENV)/.installed-bench  ## speed, memory and exactness beside others, and the report: 25 minutes on 2 cores
+	@mkdir -p $(RESULTS)
+	env -u OMP_NUM_THREADS $(BIN)/python -m pytest benchmarks $(ARGS) --benchmark-autosave \
+		--benchmark-json=$(RESULTS)/$(STAMP).json; \
+	status=$$?; $(BIN)/python -m pairtile.engine report $(RESULTS)/$(STAMP).json --out $(RESULTS)/$(STAMP) && exit $$status
+
+# AGAINST=0003 or a file names another run than the last one; what is compared: benchmarks/regressions.py
+bench-compare: $(VENV)/.installed-bench  ## fails where ours is slower than in the last `make bench`, relative to the others
+	@mkdir -p $(RESULTS)
+	env -u OMP_NUM_THREADS $(BIN)/python -m pytest benchmarks $(ARGS) --benchmark-json=$(RESULTS)/$(STAMP).json \
+		--benchmark-compare$(if $(AGAINST),=$(AGAINST)) --benchmark-compare-fail=median:15%
 
 # at most 8 minutes; without a GPU it says so and fails. benchmarks/gpu/README.md
 bench-gpu: $(VENV)/.installed-bench  ## the same on a GPU, beside siglip-kernel, memeff, cut-cross-entropy and others
@@ -64,7 +74,8 @@ lint: $(VENV)/.installed-dev  ## ruff and mypy
 typecheck: $(VENV)/.installed-dev
 	@mkdir -p build/typing/pairtile
 	@for part in kernels engine csrc; do ln -sfn ../../../$$part build/typing/pairtile/$$part; done
-	MYPYPATH=build/typing $(BIN)/mypy -p pairtile.kernels -p pairtile.engine
+	@ln -sfn ../../../benchmarks/drawn build/typing/pairtile/report
+	MYPYPATH=build/typing $(BIN)/mypy -p pairtile.kernels -p pairtile.engine -p pairtile.report
 
 format: $(VENV)/.installed-dev  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

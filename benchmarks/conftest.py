@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from .floor import FloorMeter
 from .harness import Case, Result, measure
-from .report import record, table
+from .regressions import changes, pytest_benchmark_compare_machine_info, tell  # noqa: F401  (the hook)
+from .replay import measured_time
+from .report import record, summary, table
 
 _RESULTS = pytest.StashKey[list[Result]]()
 
 #: Machines that are shared miss bars for reasons of their own: by default the table says so, and nothing fails.
 _BARS_FAIL = os.environ.get("PAIRTILE_BENCH_BARS") == "1"
+_SETTINGS = ("PAIRTILE_BENCH_", "BENCH_FULL", "OMP_NUM_THREADS")
 _FLOOR_SECONDS = float(os.environ.get("PAIRTILE_BENCH_FLOOR_SECONDS", "0.1"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RESULTS] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The rounds have been measured, interleaved, when pytest-benchmark hears of them.
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=measured_time))
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    """What a reader of the figures would have to type."""
+    told = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(_SETTINGS)]
+    arguments = [each for each in config.invocation_params.args if not str(each).startswith("--benchmark-")]
+    output_json["pairtile"] = {"command": shlex.join([*told, "pytest", *map(str, arguments)])}
 
 
 @pytest.fixture
@@ -30,11 +48,7 @@ def measure_row(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> 
     def run(case: Case) -> Result:
         result = measure(case, FloorMeter(case.work.dtype, _FLOOR_SECONDS, read_only=case.work.read_only))
         request.config.stash[_RESULTS].append(result)
-        benchmark.group = case.name
-        benchmark.extra_info |= record(result)
-        # pytest-benchmark's own statistics are those of our call alone, for --benchmark-compare from run to run.
-        calls = result.measured[result.subject].calls_per_round
-        benchmark.pedantic(result.call, rounds=case.rounds, iterations=calls)
+        tell(request.config, benchmark, record(result), result.measured[result.subject].seconds)
         result.call = None
         missed = [bar.text for bar in result.judgements if not bar.met]
         if _BARS_FAIL and missed:
@@ -49,4 +63,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if results:
         terminalreporter.section("pairtile: times in ms, forward and backward (columns: benchmarks/README.md)")
         for line in table(results):
+            terminalreporter.write_line(line)
+        terminalreporter.section("pairtile, the best other and the floor")
+        for line in summary(results):
+            terminalreporter.write_line(line)
+    if compared := list(changes(config)):
+        terminalreporter.section("our time over the stored one, over the change of the others")
+        for line in compared:
             terminalreporter.write_line(line)

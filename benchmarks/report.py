@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from .drawn.results import Row, row_of
+from .drawn.spread import is_noisy
+from .drawn.tables import summary as summary_of
 from .harness import Measured, Result
 
 _TITLES = ("contender", "median", "min", "max", "IQR", "x ours", "of floor", "peak", "value", "gradient", "bars")
@@ -16,17 +19,22 @@ _TITLES = ("contender", "median", "min", "max", "IQR", "x ours", "of floor", "pe
 def record(result: Result) -> dict[str, Any]:
     """The whole of a result, in what JSON can hold; times in seconds, sizes in bytes."""
     case, floor = result.case, result.floor
+    described = {each.name: each for each in case.contenders}
     work = asdict(case.work) | {"dtype": _short(case.work.dtype)}
     return {
         "case": case.name,
         "sizes": dict(case.sizes),
         "threads": result.threads,
+        "place": result.place,
         "torch": torch.__version__,
         "ours": result.subject,
         "contenders": {
-            name: asdict(each) | {"median": each.median, "share_of_floor": result.share(name)}
+            name: asdict(each)
+            | {"median": each.median, "share_of_floor": result.share(name)}
+            | {"ours": described[name].ours, "comparable": described[name].comparable}
             for name, each in result.measured.items()
         },
+        "matrix_gradients": list(case.matrix_gradients),
         "missing": result.missing,
         "error_sizes": dict(case.error_sizes or case.sizes),
         "gradient_bytes": result.gradient_bytes,
@@ -51,6 +59,20 @@ def table(results: Iterable[Result]) -> Iterator[str]:
         yield from (f"  {remark}" for remark in result.remarks)
         yield ""
     yield from _bars(results)
+
+
+def summary(results: Iterable[Result]) -> Iterator[str]:
+    """One line for each row: ours, the best other and the floor, with ratios and error."""
+    rows = [_read_back(each) for each in results]
+    made = summary_of(rows)
+    widths = [max(len(line[column]) for line in (made.titles, *made.lines)) for column in range(len(made.titles))]
+    for line in (made.titles, *made.lines):
+        first, *others = line
+        yield "  ".join([first.ljust(widths[0]), *(each.rjust(width) for each, width in zip(others, widths[1:]))])
+
+
+def _read_back(result: Result) -> Row:
+    return row_of({"fullname": result.case.name, "extra_info": record(result)})
 
 
 def _head(result: Result) -> Iterator[str]:
@@ -87,12 +109,18 @@ def _contender_line(result: Result, name: str) -> tuple[str, ...]:
         _milliseconds(min(each.seconds)),
         _milliseconds(max(each.seconds)),
         _milliseconds(each.interquartile),
-        f"{each.median / result.median():.2f}",
+        f"{each.median / result.median():.2f}{_noise(result, name)}",
         f"{result.share(name):.0%}",
         "-" if each.peak_bytes is None else _megabytes(each.peak_bytes),
         *_errors(each, result),
         "; ".join(mine),
     )
+
+
+def _noise(result: Result, name: str) -> str:
+    """The mark of a ratio that a second run need not repeat."""
+    ours = result.measured[result.subject].seconds
+    return " noisy" if name != result.subject and is_noisy(ours, result.measured[name].seconds) else ""
 
 
 def _errors(each: Measured, result: Result) -> tuple[str, str]:

@@ -12,6 +12,7 @@ USAGE = """usage: pairtile COMMAND ...
   train      train a two-tower model from a recipe
   evaluate   retrieval and classification scores of a trained model
   export     copy a trained model into a folder of its own
+  report     draw what the benchmarks measured
 
 This installation has the kernels alone (`from pairtile.kernels import ClipLoss`), so only `info` works here.
 For the other commands: pip install 'pairtile[train]'"""

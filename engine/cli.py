@@ -1,4 +1,4 @@
-"""The ``pairtile`` command: prepare, train, evaluate, visualize, export, info."""
+"""The ``pairtile`` command: prepare, train, evaluate, visualize, export, report, info."""
 
 from __future__ import annotations
 
@@ -102,6 +102,23 @@ def export(
     from .export import export as export_model
 
     typer.echo(f"exported to {export_model(run, out, which=_checked(which))}")
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(metavar="RESULTS.json...", help="what `make bench` wrote")],
+    out: Annotated[Path, typer.Option(help="the folder of index.html, report.md and the plots")] = Path("report"),
+    audit: Annotated[
+        Path | None, typer.Option(help="what `python -m benchmarks.audit --json FILE` wrote: adds the GPU kernels")
+    ] = None,
+) -> None:
+    """Draw what the benchmarks measured: Markdown, plots, and one page that works offline."""
+    from ..report import ReportError, write_report
+
+    try:
+        typer.echo(f"drawn to {write_report(results, out, audit)}")
+    except ReportError as error:
+        raise PairtileError(str(error)) from None
 
 
 @app.command()

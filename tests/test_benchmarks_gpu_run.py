@@ -11,7 +11,8 @@ import pytest
 import torch
 from fake_gpu import EAGER, ROOT, FakeDevice, clip_of, contender, raising
 
-from benchmarks.gpu import __main__, device, environment, measure, replay, rows, run
+from benchmarks import replay
+from benchmarks.gpu import __main__, device, environment, measure, rows, run
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from ..regressions import tell
 from ..report import record
 from .device import missing_device
 from .measure import DeviceLost, GpuCase, RowFailed
-from .replay import replayed
 from .run import Budget, Run, TimeSpent
 
 _FOLDER = Path(__file__).resolve().parent
@@ -53,9 +53,7 @@ def measure_row(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> 
         except DeviceLost as error:
             # Nothing works in this process any more; the rows before this one are in the table.
             pytest.exit(str(error), returncode=1)
-        benchmark.group = case.name
-        benchmark.extra_info |= record(result)
-        benchmark.pedantic(replayed(result.measured[result.subject].seconds), rounds=result.case.rounds)
+        tell(request.config, benchmark, record(result), result.measured[result.subject].seconds)
         if result.failures:
             pytest.fail("; ".join(f"{name}: {reason}" for name, reason in result.failures.items()), pytrace=False)
 

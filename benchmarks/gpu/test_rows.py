@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import pytest
 
-from .replay import measured_time
 from .rows import ROWS
 
 
 @pytest.mark.gpu
-@pytest.mark.benchmark(timer=measured_time)
 @pytest.mark.parametrize("row", ROWS)
 def test_row(measure_row, row):
     measure_row(ROWS[row]())

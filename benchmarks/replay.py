@@ -1,4 +1,4 @@
-"""Seconds that CUDA events have measured, told to pytest-benchmark, whose own timer is the host's."""
+"""Seconds that have been measured already, told to pytest-benchmark: interleaved rounds, or those of CUDA events."""
 
 from __future__ import annotations
 

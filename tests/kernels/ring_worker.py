@@ -6,18 +6,29 @@ Every check runs on all ranks, which raise what they find wrong.
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from functools import cache
 
 import torch
 import torch.distributed as dist
 from contenders import relative_error
-from rank_losses import assert_losses_equal_one_process
+from rank_losses import (
+    LOSSES,
+    WIDTH,
+    assert_losses_equal_one_process,
+    gradients,
+    shares_of,
+    whole_batch,
+)
 
 from pairtile.kernels import (
     ArgMax,
     ArgTopK,
+    ClipLoss,
     Diagonal,
     LogSumExp,
     SameId,
+    SigLipLoss,
     SoftmaxMean,
     TopK,
     build,
@@ -25,13 +36,18 @@ from pairtile.kernels import (
     use_backend,
 )
 from pairtile.kernels.build import operators_obstacle
-from pairtile.kernels.distributed import STRATEGIES, Exchange
+from pairtile.kernels.distributed import STRATEGIES, Exchange, count_traffic, predicted_traffic
 from ranks import fork_ranks
 from sharded_cases import assert_equal_to_one_process, sharded_case, share
 
-FLOAT32_BACKEND = "torch" if operators_obstacle() else "cpp"
 #: Seeds that the suite takes; `python -m benchmarks.ranks` takes more.
 SEEDS = range(16)
+
+
+@cache
+def served() -> tuple[tuple[str, torch.dtype], ...]:
+    """The backends and what each is tested in."""
+    return ("torch", torch.float64), ("torch" if operators_obstacle() else "cpp", torch.float32)
 
 
 def requests(rank: int, world: int) -> None:
@@ -43,9 +59,8 @@ def requests(rank: int, world: int) -> None:
 def random_request(seed: int, rank: int, world: int) -> None:
     """One random request, by gather, ring, and a ring round nodes."""
     sharded = sharded_case(seed, world)
-    backend, dtype = (("torch", torch.float64), (FLOAT32_BACKEND, torch.float32))[seed % 2]
-    exchanges = [("gather", None), ("ring", None)] + ([("ring", 2)] if world % 2 == 0 and world > 2 else [])
-    for strategy, node_size in exchanges:
+    backend, dtype = served()[seed % 2]
+    for strategy, node_size in strategies(world):
         with use_backend(backend):
             mine = share(sharded, rank, dtype, Exchange(dist.group.WORLD, strategy, node_size=node_size))
         shares = [None] * world if rank == 0 else None
@@ -70,7 +85,7 @@ def ties(rank: int, world: int) -> None:
     with use_backend("reference"):
         truth = similarity_reduce(x, y, scale=1.0, **asked)
     for strategy in STRATEGIES:
-        for backend, dtype in (("torch", torch.float64), (FLOAT32_BACKEND, torch.float32)):
+        for backend, dtype in served():
             with use_backend(backend):
                 found = similarity_reduce(
                     x[mine].to(dtype), y[mine].to(dtype), scale=1.0, group=dist.group.WORLD, strategy=strategy, **asked
@@ -103,12 +118,64 @@ def calm_blocks(rank: int, world: int) -> None:
     with use_backend("reference"):
         truth = outcome(slice(None), torch.float64)
     for strategy in STRATEGIES:
-        for backend, dtype in (("torch", torch.float64), (FLOAT32_BACKEND, torch.float32)):
+        for backend, dtype in served():
             with use_backend(backend):
                 found = outcome(mine, dtype, group=dist.group.WORLD, strategy=strategy)
             for k, (given, whole) in enumerate(zip(found, truth, strict=True)):
                 error = relative_error(given, whole[mine], 0.0)
                 assert error < (1e-10 if dtype == torch.float64 else 1e-5), (strategy, backend, k, error)
+
+
+def traffic(rank: int, world: int) -> None:
+    """Counted bytes are the formula's, exactly."""
+    for sizes in ([3] * world, [4, 0, 5, 1, 2, 7, 1, 3][:world]):
+        for strategy, node_size in strategies(world):
+            for dtype, wire_dtype in ((torch.float32, None), (torch.float32, torch.bfloat16), (torch.float64, None)):
+                for wanted in ((True, True), (True, False)):
+                    how = {"strategy": strategy, "node_size": node_size, "wire_dtype": wire_dtype}
+                    for name, make in (("clip", ClipLoss), ("siglip", SigLipLoss)):
+                        loss = make(group=dist.group.WORLD, **how)
+                        for first_call in (True, False):
+                            counted = sent_by(loss, sizes[rank], dtype, wanted)
+                            predicted = predicted_traffic(
+                                name, sizes, rank, WIDTH, dtype=dtype, gradients=wanted, first_call=first_call, **how
+                            )
+                            label = name, sizes, how, dtype, wanted, first_call
+                            assert counted == predicted, f"{label}: {counted}, predicted {predicted}"
+
+
+def sent_by(loss: torch.nn.Module, count: int, dtype: torch.dtype, wanted: tuple[bool, bool]) -> Counter[str]:
+    """What a step of this rank's pairs sends."""
+    features = [torch.randn(count, WIDTH, dtype=dtype).requires_grad_(want) for want in wanted]
+    with use_backend("torch"), count_traffic() as account:
+        loss(*features, torch.tensor(3.0, dtype=dtype, requires_grad=True), None).backward()
+    return +account.sent
+
+
+def strategies(world: int) -> list[tuple[str, int | None]]:
+    """(strategy, node_size)."""
+    return [("gather", None), ("ring", None)] + ([("ring", 2)] if world % 2 == 0 and world > 2 else [])
+
+
+def scopes(rank: int, world: int) -> None:
+    """A loss of each node, or of a group, is that of one process per group, and the mean weighs groups by their ranks."""
+    shares, halves = shares_of(world)[1], [[0, 1], [2, 3]]
+    batch, uneven = whole_batch(shares), [[0, 1, 2], [3]]
+    own_group = [dist.new_group(ranks) for ranks in uneven][rank > 2]
+    for name in ("clip", "siglip_plus"):
+        for groups, scope in ((halves, {"scope": "node", "node_size": 2}), (uneven, {"scope": own_group})):
+            by_group = shares.of_groups(groups)
+            with use_backend("reference"):
+                truth = [gradients(LOSSES[name], by_group.part(batch, k), torch.float64, {}) for k in range(2)]
+            for strategy in STRATEGIES:
+                options = {"rank": rank, "world_size": world, "strategy": strategy} | scope
+                with use_backend("torch"):
+                    found = gradients(LOSSES[name], shares.part(batch, rank), torch.float64, options)
+                value = truth[rank not in groups[0]]["value"]
+                torch.testing.assert_close(found.pop("value"), value, rtol=1e-10, atol=0)
+                for key, given in found.items():
+                    mean = sum(len(ranks) * each[key] for ranks, each in zip(groups, truth, strict=True)) / world
+                    torch.testing.assert_close(given, mean, rtol=1e-10, atol=1e-11)
 
 
 def main() -> None:

@@ -94,6 +94,10 @@ class Shares:
             },
         )
 
+    def of_groups(self, groups: list[list[int]]) -> Shares:
+        """The same batch over groups of consecutive ranks."""
+        return Shares(*([sum(sizes[rank] for rank in ranks) for ranks in groups] for sizes in vars(self).values()))
+
 
 def shares_of(world: int) -> list[Shares]:
     """Equal shards; and unequal ones, of which some are empty."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -20,6 +22,7 @@ from rank_losses import (
     shares_of,
     whole_batch,
 )
+from torch.utils.checkpoint import checkpoint
 
 from pairtile.kernels import (
     ArgMax,
@@ -27,9 +30,12 @@ from pairtile.kernels import (
     ClipLoss,
     Diagonal,
     LogSumExp,
+    PairScore,
     SameId,
+    SDMLoss,
     SigLipLoss,
     SoftmaxMean,
+    Teacher,
     TopK,
     build,
     similarity_reduce,
@@ -41,7 +47,7 @@ from ranks import fork_ranks
 from sharded_cases import assert_equal_to_one_process, sharded_case, share
 
 #: Seeds that the suite takes; `python -m benchmarks.ranks` takes more.
-SEEDS = range(16)
+SEEDS = range(12)
 
 
 @cache
@@ -176,6 +182,89 @@ def scopes(rank: int, world: int) -> None:
                 for key, given in found.items():
                     mean = sum(len(ranks) * each[key] for ranks, each in zip(groups, truth, strict=True)) / world
                     torch.testing.assert_close(given, mean, rtol=1e-10, atol=1e-11)
+
+
+def misuse(rank: int, world: int) -> None:
+    """Ranks that ask for different things all raise, and say what each asks for: none waits for the others."""
+    ids, other = torch.arange(4), [torch.arange(4), torch.ones(4)]
+    teacher = Teacher(torch.ones(4, 2 + rank), torch.ones(4, 2 + rank))
+    requests = {
+        "PairScore(": [LogSumExp(), PairScore()],
+        "Diagonal(offset=1)": [LogSumExp(Diagonal(0)), LogSumExp(Diagonal(1))],
+        "weights=tensor 0 float32": [LogSumExp(), LogSumExp(weights=other[1])],
+        "SameId(rows=tensor 0 int64[], cols=tensor 1 int64[])": [
+            LogSumExp(SameId(ids, ids)),
+            LogSumExp(SameId(ids, other[0])),
+        ],
+        "TopK(k=3)": [TopK(2), TopK(3)],
+        "tensor 1 float32[3]": [LogSumExp(of=teacher)] * 2,
+    }
+    options = {
+        "label_smoothing=0.1": {"label_smoothing": 0.1},
+        "reduction='none'": {"reduction": "none"},
+        "strategy='gather'": {"strategy": "gather"},
+        "wire_dtype=torch.bfloat16": {"wire_dtype": torch.bfloat16},
+    }
+    for strategy in STRATEGIES:
+        group = {"group": dist.group.WORLD, "strategy": strategy}
+        for said, asked in requests.items():
+            with raised("ranks differ", said):
+                similarity_reduce(*drawn(4, 5), scale=1.0, rows=[asked[rank]], **group)
+        with raised("ranks differ", "width 6 float32"):
+            similarity_reduce(*drawn(4, 5 + rank), scale=1.0, rows=[LogSumExp()], **group)
+        for make, given in ((ClipLoss, {"negative_text_features": drawn(4, 5)[0]}), (SDMLoss, {"image_ids": ids})):
+            # In a ring each rank may pass negatives of its own.
+            if make is SDMLoss or strategy == "gather":
+                with raised("ranks differ", "rank 1: "):
+                    make(**group)(*drawn(4, 5), 1.0, **given if rank else {})
+        with raised("gradients are disabled on ranks [1]", ""), torch.set_grad_enabled(rank == 0):
+            ClipLoss(**group)(*drawn(4, 5), 1.0)
+    for said, changed in options.items():
+        with raised("ranks differ", said):
+            ClipLoss(**{"group": dist.group.WORLD, "strategy": "ring"} | (changed if rank else {}))(*drawn(4, 5), 1.0)
+    with raised("ranks differ", "rank 1: SigLipLoss"):
+        make = SigLipLoss if rank else ClipLoss
+        make(group=dist.group.WORLD)(*drawn(4, 5), 1.0, None)
+
+
+def drawn(rows: int, width: int) -> list[torch.Tensor]:
+    return [torch.randn(rows, width).requires_grad_() for _ in range(2)]
+
+
+@contextmanager
+def raised(*texts: str, kind: type[Exception] = ValueError) -> Iterator[None]:
+    try:
+        yield
+    except kind as error:
+        said = str(error)
+    else:
+        said = "no error"
+    assert all(text in said for text in texts), (texts, said)
+
+
+def once_only(rank: int, world: int) -> None:
+    """Two calls before a backward, two backwards of a graph, a checkpoint, autocast; a second derivative is refused."""
+    generator = torch.Generator().manual_seed(5)
+    x, y = torch.nn.functional.normalize(torch.randn(2, 3 * world, 4, generator=generator).double(), dim=-1)
+    mine = slice(3 * rank, 3 * rank + 3)
+    for make in (ClipLoss, SigLipLoss):
+        with use_backend("reference"):
+            whole = [x.clone().requires_grad_(), y.clone().requires_grad_()]
+            make()(*whole, 4.0, None).backward()
+        for strategy in STRATEGIES:
+            loss = make(group=dist.group.WORLD, strategy=strategy)
+            own = [each[mine].clone().requires_grad_() for each in (x, y)]
+            with torch.autocast("cpu", torch.bfloat16):
+                total = loss(*own, 4.0, None) + checkpoint(loss, *own, 4.0, None, use_reentrant=False)
+            total.backward(retain_graph=True)
+            total.backward()
+            for given, truth in zip(own, whole, strict=True):
+                torch.testing.assert_close(given.grad / (4 * world), truth.grad[mine], rtol=1e-10, atol=1e-12)
+            for backend in ("torch", "reference"):
+                with use_backend(backend):
+                    (gradient,) = torch.autograd.grad(loss(*own, 4.0, None), own[1], create_graph=True)
+                with raised("differentiate", kind=RuntimeError):
+                    gradient.sum().backward()
 
 
 def main() -> None:

@@ -14,14 +14,6 @@ from functools import cache
 import torch
 import torch.distributed as dist
 from contenders import relative_error
-from rank_losses import (
-    LOSSES,
-    WIDTH,
-    assert_losses_equal_one_process,
-    gradients,
-    shares_of,
-    whole_batch,
-)
 from torch.utils.checkpoint import checkpoint
 
 from pairtile.kernels import (
@@ -43,6 +35,14 @@ from pairtile.kernels import (
 )
 from pairtile.kernels.build import operators_obstacle
 from pairtile.kernels.distributed import STRATEGIES, Exchange, count_traffic, predicted_traffic
+from rank_losses import (
+    LOSSES,
+    WIDTH,
+    assert_losses_equal_one_process,
+    gradients,
+    shares_of,
+    whole_batch,
+)
 from ranks import fork_ranks
 from sharded_cases import assert_equal_to_one_process, sharded_case, share
 
@@ -78,7 +78,7 @@ def random_request(seed: int, rank: int, world: int) -> None:
 
 def losses(rank: int, world: int) -> None:
     """One loss of each way in which terms are put together, on towers under DDP."""
-    assert_losses_equal_one_process(["clip_negatives", "siglip", "multi_positive", "distill"], rank, world)
+    assert_losses_equal_one_process(["clip_negatives", "siglip", "multi_positive", "distill"], rank, world, served())
 
 
 def ties(rank: int, world: int) -> None:

@@ -97,6 +97,7 @@ def _under_zero(
         # By default ZeRO 3 leaves parameters as small as these whole.
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
     }
     optimizer = torch.optim.SGD(trained.values(), lr=1.0)
     engine, *_ = deepspeed.initialize(model=towers, optimizer=optimizer, config=config)

@@ -76,7 +76,8 @@ class _RingSum(torch.autograd.Function):
                 for each, want in zip(operands, needed, strict=True)
             ]
             shift = sum(layout.rows[: layout.rank]) - sum(layout.cols[:owner])
-            with torch.set_grad_enabled(any(needed)):
+            # Hooks of the caller's, activation checkpointing's say, are for what outlives this function.
+            with torch.set_grad_enabled(any(needed)), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
                 part = block_sum(*leaves, shift)
             totals.append(part.detach())
             wanted = [each for each in leaves if each is not None and each.requires_grad]
@@ -102,7 +103,9 @@ class _RingSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         count = len(ctx.dtypes)
-        sums, given = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        # Unpacked once: under activation checkpointing a second access is an error.
+        saved = ctx.saved_tensors
+        sums, given = saved[:count], saved[count:]
         if ctx.place.of_cols:
             _check_same(grad, ctx.place)
         with torch.no_grad():
@@ -111,6 +114,10 @@ class _RingSum(torch.autograd.Function):
                 for each, dtype, want in zip(sums, ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
             ]
         return None, None, *differentiated_once("ring", found, [*given, grad])
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _added(arrived: list[Tensor], made: list[Tensor]) -> list[Tensor]:

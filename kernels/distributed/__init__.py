@@ -12,6 +12,7 @@ shard.
 from .exchange import STRATEGIES, Exchange, node_group
 from .gathering import gather, gather_counts, gather_ids, gather_tokens
 from .means import global_mean
+from .prediction import predicted_traffic
 from .ring import Ring
 from .shards import Shards, find_group
 from .traffic import Traffic, count_traffic
@@ -30,4 +31,5 @@ __all__ = [
     "gather_tokens",
     "global_mean",
     "node_group",
+    "predicted_traffic",
 ]

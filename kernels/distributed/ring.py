@@ -26,6 +26,14 @@ Visit = Callable[[int, list[Tensor]], list[Tensor]]
 Join = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
 
+def owner(rank: int, step: int, world_size: int, node_size: int | None = None) -> int:
+    """Whose shard a rank holds at a step of a ring that goes round inside each node before shards hop to the next."""
+    size = node_size or world_size
+    node, place = divmod(rank, size)
+    between, inside = divmod(step, size)
+    return (node - between) % (world_size // size) * size + (place - between * (size - 1) - inside) % size
+
+
 class Ring:
     """The order in which shards visit the ranks of a group.
 
@@ -39,13 +47,9 @@ class Ring:
         self.world_size = dist.get_world_size(self.group)
         self._node = exchange.node_size or self.world_size
 
-    def owner(self, step: int, rank: int | None = None) -> int:
-        """Whose shard a rank, this one by default, holds at a step."""
-        rank = self.rank if rank is None else rank
-        node, place = divmod(rank, self._node)
-        between, inside = divmod(step, self._node)
-        nodes = self.world_size // self._node
-        return (node - between) % nodes * self._node + (place - between * (self._node - 1) - inside) % self._node
+    def owner(self, step: int) -> int:
+        """Whose shard this rank holds at a step."""
+        return owner(self.rank, step, self.world_size, self._node)
 
     def circulate(
         self, fields: Sequence[Field], visit: Visit, join: Join, home: Sequence[tuple[str, Sequence[int]]]

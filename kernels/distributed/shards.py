@@ -101,8 +101,9 @@ def all_numbers(mine: list[int], group: dist.ProcessGroup, device: torch.device,
     return [(first[3:] + more)[: len(mine)] for first, more in zip(head, rest, strict=True)]
 
 
-#: Numbers of the message that every agreement begins with: 256 bytes, more than almost all of them need.
+#: Numbers of the message that every agreement begins with, more than almost all of them need.
 _HEAD = 32
+AGREEMENT_BYTES = 8 * _HEAD
 
 
 def _of_every_rank(

@@ -60,6 +60,8 @@ def _forked(rank: int, world: int, work: Callable[[int, int], None], store: Path
     code = 1
     try:
         torch.set_num_threads(1)
+        # As launchers do; DeepSpeed asks for it.
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
         dist.init_process_group(
             "gloo",
             store=dist.FileStore(str(store), world),

@@ -38,7 +38,8 @@ def decode_clip(
     """``frames`` frames of an animated image (TIFF, GIF, WebP, PNG), evenly spaced; some repeat if it has fewer.
 
     Raises:
-        BadSample: as `decode_image`; ``max_pixels`` counts the pixels of all frames that the file has.
+        BadSample: as `decode_image`; ``max_pixels`` counts the pixels of all frames that the file has. Or frames of several
+            sizes.
     """
     return _decode(data, frames, max_pixels, max_side)
 
@@ -59,6 +60,9 @@ def _decode(data: bytes, frames: int | None, max_pixels: int, max_side: int) -> 
         # in their order, as most formats store differences; the middles of equal parts
         for place in sorted({(2 * each + 1) * count // (2 * frames) for each in range(frames)}):
             image.seek(place)
+            if image.size != (width, height):  # a TIFF's pages have sizes of their own, which no limit has seen
+                said = f"frame {place} has {image.size[0]} x {image.size[1]} pixels, the first {width} x {height}"
+                raise BadSample(Reason.UNDECODABLE_IMAGE, said)
             found[place] = image.copy()
         return [found[(2 * each + 1) * count // (2 * frames)] for each in range(frames)]
     except BadSample:

@@ -47,18 +47,29 @@ def complete_graph_soft_matching(
 
 @torch.no_grad()
 def complete_graph_matching(
-    metric: Tensor, r: int, importance: Tensor | None = None, *, protected: int | Tensor = 0
+    metric: Tensor,
+    r: int,
+    importance: Tensor | None = None,
+    *,
+    protected: int | Tensor = 0,
+    protected_count: int | None = None,
 ) -> Matching:
-    """As `complete_graph_soft_matching`: the indices and weights themselves."""
+    """As `complete_graph_soft_matching`: the indices and weights themselves.
+
+    Args:
+        protected_count: how many tokens of a sample a mask protects at most; None: they are counted, which waits for the
+            device and breaks a compiled graph.
+    """
     check_metric(metric)
     check_number("r", r)
     batch, tokens, _ = metric.shape
     if importance is not None and (importance.shape != (batch, tokens) or not importance.is_floating_point()):
         raise ValueError(f"importance is {described(importance)}: expected a floating point tensor {[batch, tokens]}")
     barred = protected_mask(protected, metric)
-    # A mask may protect another number in each sample; what one of them allows holds for all.
-    most = protected if isinstance(protected, int) else int(barred.sum(1).max()) if batch else 0
-    r = min(r, (tokens - most) // 2)
+    if protected_count is None:
+        # A mask may protect another number in each sample; what one of them allows holds for all.
+        protected_count = protected if isinstance(protected, int) else int(barred.sum(1).max()) if batch else 0
+    r = min(r, (tokens - protected_count) // 2)
     if r <= 0:
         return unchanged(batch, tokens, metric.device)
     free, metric = ~barred, normalized(metric)

@@ -84,7 +84,8 @@ class Merging:
             return pitome_matching(keys, r, pitome_margin(layer, self.layers), protected=self.protected)
         if self.cross is not None:
             guide, barred = cross_guide(keys, self.protected)
-            return complete_graph_matching(keys, r, guide, protected=barred)
+            count = self.protected + 1
+            return complete_graph_matching(keys, r, guide, protected=barred, protected_count=count)
         if self.method == "crossget":
             importance = None if self.importance is None else self.importance(x.detach(), layer)
             return complete_graph_matching(keys, r, importance, protected=self.protected)

@@ -90,6 +90,13 @@ def test_a_single_image_stands_still_and_limits_count_all_frames():
     assert decode_image(animated(10, "TIFF"), max_pixels=64).size == (8, 8), "an image is its first frame"
 
 
+def test_a_page_that_is_larger_than_the_first_is_not_decoded():
+    pages, data = [Image.new("L", (side, side)) for side in (8, 3000)], io.BytesIO()
+    pages[0].save(data, format="TIFF", save_all=True, append_images=pages[1:])
+    with pytest.raises(BadSample, match="frame 1 has 3000 x 3000 pixels, the first 8 x 8"):
+        decode_clip(data.getvalue(), 2, max_pixels=10_000)
+
+
 def test_the_frames_of_a_clip_are_augmented_alike():
     config = DataConfig(
         root=".", image_mode="L", frames=3, augment=["RandomHorizontalFlip", {"RandomCrop": {"padding": 4}}]

@@ -46,6 +46,15 @@ def crossed() -> CrossTokens:
     return cross
 
 
+def test_compiled_it_is_one_graph():
+    model = vit()
+    patch(model, 4, method="crossget", cross_tokens=crossed())
+    expected = model(images())
+    found = torch.compile(model, fullgraph=True, backend="eager")(images())
+    # the same kernels in the same order
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_tower_returns_its_own_tokens_and_the_cross_tokens_learn(checkpointing):
     model, cross = vit().train(), crossed()

@@ -44,7 +44,7 @@ test-fast: $(VENV)/.installed-test  ## without the tests that take more than 20 
 build: $(VENV)/.installed-train  ## compile csrc/ for this machine ahead of the first use
 	$(BIN)/python -c "from pairtile.kernels import build; print(build(verbose=True) or 'nothing was built: the torch backend serves')"
 
-# ARGS="-k siglip" runs a part, BENCH_FULL=1 all rows; PAIRTILE_BENCH_BARS=1 makes a missed bar fail. Runs are kept in
+# ARGS="-k siglip" runs a part, BENCH_FULL=1 in the environment all rows; PAIRTILE_BENCH_BARS=1 makes a missed bar fail. Runs are kept in
 # .benchmarks, pytest-benchmark's storage. A row that fails leaves the report of the others.
 RESULTS := benchmarks/results
 STAMP := $(shell date +%Y%m%d-%H%M%S)

@@ -15,6 +15,7 @@ from .harness import Case, Result, measure
 from .regressions import changes, pytest_benchmark_compare_machine_info, tell  # noqa: F401  (the hook)
 from .replay import measured_time
 from .report import record, summary, table
+from .selection import asked_for, is_short
 
 _RESULTS = pytest.StashKey[list[Result]]()
 
@@ -28,7 +29,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RESULTS] = []
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not asked_for(config):
+        config.hook.pytest_deselected(items=[each for each in items if not is_short(each)])
+        items[:] = [each for each in items if is_short(each)]
     # The rounds have been measured, interleaved, when pytest-benchmark hears of them.
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=measured_time))

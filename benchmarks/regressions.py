@@ -67,7 +67,7 @@ def change_of(then: Row, now: Row) -> Change:
         yardstick=yardstick,
         beside=beside,
         slower=now.ours.median / then.ours.median / yardstick,
-        uncertainty=min(NINE_OF_TEN * deviation, _UNKNOWN),
+        uncertainty=NINE_OF_TEN * deviation if math.isfinite(deviation) else _UNKNOWN,
         remark="" if then.torch == now.torch else f"torch {now.torch}, stored: {then.torch or 'not recorded'}",
     )
 

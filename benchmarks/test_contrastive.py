@@ -19,6 +19,7 @@ from pairtile.kernels.contrastive.operator import DEFAULT_MEMORY_BUDGET
 from . import contrastive as make
 from .bars import faster_than, faster_than_best, leaner_than, peak_below, share_of_floor
 from .harness import Case, Contender, forward_and_backward, in_float32
+from .selection import FULL
 from .work import one_sweep_work, symmetric_work
 
 
@@ -31,7 +32,8 @@ LARGE_BATCH = _size("LARGE_BATCH", 32768)
 WIDTH = _size("WIDTH", 512)
 TOKENS = _size("TOKENS", 4096)
 VOCABULARY = _size("VOCABULARY", 50_000)
-ROUNDS = _size("ROUNDS", 7)
+ROUNDS = _size("ROUNDS", 7 if FULL else 5)
+BATCHES = [int(each) for each in os.environ.get("PAIRTILE_BENCH_BATCHES", "256,1024,4096").split(",")]
 SMALL_ROUNDS = _size("SMALL_ROUNDS", 30)
 SMALL = [
     tuple(int(part) for part in size.split("x"))
@@ -150,8 +152,7 @@ def test_clip_large_batch(measure_row):
     """Ours alone: open_clip's logits and their gradients would be 16 GB. One round, 10 to 30 s a call."""
     contenders = [each for each in make.ours("ClipLoss", "cpp", "torch") if each.missing is None][:1]
     bars = (share_of_floor(0.75), peak_below(2**30))
-    name = "ClipLoss float32, large batch"
-    measure_row(clip_case(LARGE_BATCH, WIDTH, name=name, contenders=contenders, exact=None, bars=bars, rounds=1))
+    measure_row(clip_case(LARGE_BATCH, WIDTH, contenders=contenders, exact=None, bars=bars, rounds=1))
 
 
 def test_clip_bf16(measure_row):
@@ -172,6 +173,12 @@ def test_linear_cross_entropy(measure_row):
     if all(absent):
         pytest.skip(absent[0])
     measure_row(case)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_clip_batches(measure_row, batch):
+    """How time and memory grow with the batch, together with the rows above at this width."""
+    measure_row(clip_case(batch, WIDTH, rounds=SMALL_ROUNDS if batch <= 1024 else ROUNDS))
 
 
 def small(case: Case) -> dict[str, Any]:

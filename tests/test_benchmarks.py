@@ -234,7 +234,7 @@ def test_run_with_bars_fails_and_leaves_table_and_json(tmp_path):
     command = [sys.executable, "-m", "pytest", "benchmarks", "-k", "large_batch", f"--benchmark-json={json_file}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "ClipLoss float32, large batch: >= 75% of the floor: MISSED" in done.stdout
+    assert "ClipLoss float32 (batch 32, width 8): >= 75% of the floor: MISSED" in done.stdout
     assert "bars: 1 of 2 met" in done.stdout
     (row,) = json.loads(json_file.read_text())["benchmarks"]
     assert row["extra_info"]["sizes"] == {"batch": 32, "width": 8}

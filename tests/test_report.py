@@ -1,8 +1,10 @@
 """The drawn report and the comparison of runs, on rows that a run on two cores recorded (tests/recorded)."""
 
 import copy
+import fnmatch
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,7 +29,7 @@ def _load_benchmarks():
 
 _load_benchmarks()
 
-from benchmarks import regressions  # noqa: E402
+from benchmarks import regressions, selection  # noqa: E402
 from benchmarks.drawn import ReportError, families, figures, results, spread, tables, theme, words, write_report  # noqa: E402
 from benchmarks.drawn import audit as audits  # noqa: E402
 
@@ -256,3 +258,17 @@ def test_bench_compare_fails_for_a_planted_slowdown_alone(tmp_path, stored):
         assert done.returncode == expected, done.stdout + done.stderr
         regressed = re.findall(r"test_row\[(\S+)\] \S+ - Field 'median' has failed", done.stdout + done.stderr)
         assert regressed == (["test_siglip_sizes[1024-2048]"] if expected else []), done.stdout + done.stderr
+
+
+def test_rows_of_the_short_run_exist():
+    """Every name in the selection is a row, and the selection is what `pytest benchmarks` keeps."""
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "BENCH"))}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    kept = re.findall(r"^benchmarks/(test_\w+\.py)::(.*)$", done.stdout, re.MULTILINE)
+    for file, names in selection.SHORT.items():
+        rows = [name for where, name in kept if where == file]
+        for pattern in names:
+            assert any(fnmatch.fnmatchcase(row, pattern) for row in rows), f"{file}: no row is called {pattern}"
+        assert all(any(fnmatch.fnmatchcase(row, pattern) for pattern in names) for row in rows)
+    assert "deselected" in done.stdout

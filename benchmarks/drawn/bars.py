@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .results import Contender, Row
 from .spread import REPEATABLE
@@ -64,7 +64,7 @@ def draw_ratios(rows: Sequence[Row], theme: Theme) -> Canvas:
 
 def _draw_head(axes: Axes, row: Row, y: float, theme: Theme) -> None:
     """The case and its sizes, on a line of their own that may be longer than the panel."""
-    style = {
+    style: dict[str, Any] = {
         "va": "center",
         "annotation_clip": False,
         "bbox": {"facecolor": theme.background, "linewidth": 0, "pad": 1.5},

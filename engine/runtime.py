@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from ..kernels.build import cache_directory
@@ -98,14 +99,14 @@ def _join(rank: int, local_rank: int, world_size: int, backend: str, timeout_min
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
 
 
-def store_of_attempt(attempt: str, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+def store_of_attempt(attempt: str, rank: int, world_size: int, timeout: timedelta) -> Store:
     """The launcher's store, with keys of this attempt's own.
 
     torchrun's store outlives the ranks that it starts again. Under the same keys they would find the addresses of those that
     died, and connect to them in vain.
     """
     store, *_ = next(rendezvous("env://", rank, world_size, timeout=timeout))
-    return dist.PrefixStore(f"attempt {attempt}", store)
+    return PrefixStore(f"attempt {attempt}", store)
 
 
 def fix_build_folders() -> Path:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from ..kernels.build import cache_directory
 from .errors import PairtileError
@@ -89,7 +91,22 @@ def _join(rank: int, local_rank: int, world_size: int, backend: str, timeout_min
         # DeepSpeed would compile its shared-memory operator now; only its inference engine uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+        timeout = timedelta(minutes=timeout_minutes)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if attempt != "0":
+            store = store_of_attempt(attempt, rank, world_size, timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+
+
+def store_of_attempt(attempt: str, rank: int, world_size: int, timeout: timedelta) -> Store:
+    """The launcher's store, with keys of this attempt's own.
+
+    torchrun's store outlives the ranks that it starts again. Under the same keys they would find the addresses of those that
+    died, and connect to them in vain.
+    """
+    store, *_ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    return PrefixStore(f"attempt {attempt}", store)
 
 
 def fix_build_folders() -> Path:

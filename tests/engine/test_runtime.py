@@ -1,14 +1,23 @@
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from curves import environment
 from pairtile.engine.errors import PairtileError
 from pairtile.engine.model import DualOutput
-from pairtile.engine.runtime import Runtime, clear_stale_build_locks, environment_rank, fix_build_folders, seed_step
+from pairtile.engine.runtime import (
+    Runtime,
+    clear_stale_build_locks,
+    environment_rank,
+    fix_build_folders,
+    seed_step,
+    store_of_attempt,
+)
 from pairtile.engine.statistics import in_batch_accuracy
 from pairtile.kernels.build import build_directory
 
@@ -71,6 +80,17 @@ def test_rank_from_the_environment(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "four")
     with pytest.raises(PairtileError, match="WORLD_SIZE is 'four'"):
         environment_rank()
+
+
+def test_ranks_that_torchrun_starts_again_do_not_find_what_dead_ones_wrote(monkeypatch):
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    first, again = (store_of_attempt(attempt, 0, 2, timedelta(seconds=20)) for attempt in ("1", "2"))
+    first.set("address", "of a dead rank")
+    assert first.check(["address"])
+    assert not again.check(["address"])
 
 
 def test_seed_depends_on_rank_and_batch_alone():

@@ -115,7 +115,7 @@ def test_markdown_tables(rows):
         assert f"| {cell} |" in line
     row = next(row for row in rows if "8,192" in row.title)
     (noisy,) = (line for line in tables.contenders(row).markdown().splitlines() if "| open_clip |" in line)
-    assert "| noisy ± 11%, 3.07x |" in noisy
+    assert "| noisy ±11%, 3.07x |" in noisy
     assert [words.duration(each) for each in (2.5e-5, 0.00125, 0.25, 12.0)] == [
         "25.0 µs",
         "1.25 ms",

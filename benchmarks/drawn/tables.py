@@ -83,7 +83,7 @@ def ratio_text(row: Row, each: Contender) -> str:
     if min(len(each.seconds), len(row.ours.seconds)) < 2:
         return f"one round, {times(row.ratio(each.name))}"
     uncertain = row.uncertainty(each.name)
-    return (f"noisy ± {percent(uncertain)}, " if uncertain > REPEATABLE else "") + times(row.ratio(each.name))
+    return (f"noisy ±{percent(uncertain)}, " if uncertain > REPEATABLE else "") + times(row.ratio(each.name))
 
 
 def runs(rows: Iterable[Row]) -> Table:

@@ -43,7 +43,7 @@ def times(ratio: float) -> str:
 
 def percent(share: float) -> str:
     """Of an uncertainty: beyond all of the figure more digits say nothing."""
-    return f"{share:.0%}" if share <= 1 else "over 100%"
+    return f"{share:.0%}" if share <= 1 else ">100%"
 
 
 def _three_digits(number: float) -> str:

@@ -20,10 +20,12 @@ class Exchange:
         group: the process group, of at least two ranks.
         strategy: "gather": every rank holds all ranks' features while the loss runs. "ring": each rank keeps its rows and
             lends its columns, which travel from rank to rank while the tiles of the shard at hand are computed; memory
-            does not grow with the number of ranks, and each pair is multiplied once where gather multiplies it twice.
+            does not grow with the number of ranks, and for a loss of both directions each pair is multiplied once, by gather
+            twice.
         wire_dtype: features travel in this dtype; None: in their own. Their gradients travel in float32 always.
         node_size: ranks of one node, consecutive in the group, whose number it divides. A ring then goes round inside
-            every node before shards move on to the next node, so that a shard crosses each link between nodes once.
+            every node before shards move on to the next one: one step in node_size waits for the network between nodes,
+            over which all ranks of a node send at once, instead of every step, in which one of them does.
     """
 
     group: dist.ProcessGroup

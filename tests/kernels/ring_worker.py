@@ -47,7 +47,7 @@ from ranks import fork_ranks
 from sharded_cases import assert_equal_to_one_process, sharded_case, share
 
 #: Seeds that the suite takes; `python -m benchmarks.ranks` takes more.
-SEEDS = range(12)
+SEEDS = range(10)
 
 
 @cache
@@ -78,7 +78,7 @@ def random_request(seed: int, rank: int, world: int) -> None:
 
 def losses(rank: int, world: int) -> None:
     """One loss of each way in which terms are put together, on towers under DDP."""
-    assert_losses_equal_one_process(["clip_negatives", "siglip", "multi_positive", "distill"], rank, world, served())
+    assert_losses_equal_one_process(["clip_negatives", "multi_positive", "distill"], rank, world, served())
 
 
 def ties(rank: int, world: int) -> None:
@@ -134,20 +134,24 @@ def calm_blocks(rank: int, world: int) -> None:
 
 def traffic(rank: int, world: int) -> None:
     """Counted bytes are the formula's, exactly."""
-    for sizes in ([3] * world, [4, 0, 5, 1, 2, 7, 1, 3][:world]):
-        for strategy, node_size in strategies(world):
-            for dtype, wire_dtype in ((torch.float32, None), (torch.float32, torch.bfloat16), (torch.float64, None)):
-                for wanted in ((True, True), (True, False)):
-                    how = {"strategy": strategy, "node_size": node_size, "wire_dtype": wire_dtype}
-                    for name, make in (("clip", ClipLoss), ("siglip", SigLipLoss)):
-                        loss = make(group=dist.group.WORLD, **how)
-                        for first_call in (True, False):
-                            counted = sent_by(loss, sizes[rank], dtype, wanted)
-                            predicted = predicted_traffic(
-                                name, sizes, rank, WIDTH, dtype=dtype, gradients=wanted, first_call=first_call, **how
-                            )
-                            label = name, sizes, how, dtype, wanted, first_call
-                            assert counted == predicted, f"{label}: {counted}, predicted {predicted}"
+    sizes = [4, 0, 5, 1, 2, 7, 1, 3][:world]
+    kinds = (
+        (torch.float32, None, (True, True)),
+        (torch.float32, torch.bfloat16, (True, False)),
+        (torch.float64, None, (False, True)),
+    )
+    for strategy, node_size in strategies(world):
+        for dtype, wire_dtype, wanted in kinds:
+            how = {"strategy": strategy, "node_size": node_size, "wire_dtype": wire_dtype}
+            for name, make in (("clip", ClipLoss), ("siglip", SigLipLoss)):
+                loss = make(group=dist.group.WORLD, **how)
+                for first_call in (True, False):
+                    counted = sent_by(loss, sizes[rank], dtype, wanted)
+                    predicted = predicted_traffic(
+                        name, sizes, rank, WIDTH, dtype=dtype, gradients=wanted, first_call=first_call, **how
+                    )
+                    label = name, sizes, how, dtype, wanted, first_call
+                    assert counted == predicted, f"{label}: {counted}, predicted {predicted}"
 
 
 def sent_by(loss: torch.nn.Module, count: int, dtype: torch.dtype, wanted: tuple[bool, bool]) -> Counter[str]:

@@ -204,7 +204,7 @@ def test_signatures_are_open_clips(name, method):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: ClipLoss(strategy="ring"), "strategy='ring'"),
+        (lambda: ClipLoss(strategy="rung"), "strategy='rung'"),
         (lambda: ClipLoss(reduction="avg"), "reduction='avg': expected one of mean, sum, none"),
         (lambda: ClipLoss(rank=2, world_size=2), "rank=2, world_size=2"),
         (lambda: ClipLoss(world_size=2, use_horovod=True), "use_horovod"),

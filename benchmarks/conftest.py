@@ -65,7 +65,7 @@ def measure_row(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     results = config.stash[_RESULTS]
     if results:
-        terminalreporter.section("pairtile: times in ms, forward and backward (columns: benchmarks/README.md)")
+        terminalreporter.section("pairtile: times in ms (columns: benchmarks/README.md)")
         for line in table(results):
             terminalreporter.write_line(line)
         terminalreporter.section("pairtile, the best other and the floor")

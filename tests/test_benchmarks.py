@@ -39,9 +39,11 @@ from benchmarks import (  # noqa: E402
     report,
     test_contrastive,
     test_late_interaction,
+    test_loader,
     test_objectives,
     test_token_merging,
     test_token_merging_vit,
+    test_trainer,
     token_merging_vit,
     work,
 )
@@ -323,3 +325,19 @@ def test_flops_of_a_vision_transformer_are_torchs_own_count():
     with FlopCounterMode(display=False) as counter:
         model(images)
     assert token_merging_vit.flops(1, 224, 0) == counter.get_total_flops()
+
+
+def test_row_of_the_loader(quick):
+    """Everybody decodes the same images and reads the same captions."""
+    found = quick(test_loader.loader_case(128, 40, 32), rounds=1)
+    assert list(found.measured) == ["pairtile", "webdataset, PIL", "webdataset, torchvision.io"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_of_the_trainer(precision, quick):
+    """Both trainers start from the same weights and find the same loss."""
+    case = test_trainer.trainer_case(precision, 4)
+    if all(each.missing for each in case.contenders if each.ours):
+        pytest.skip(case.contenders[0].missing)
+    found = quick(case, rounds=1)
+    assert set(found.measured) | set(found.missing) == {"pairtile", "open_clip"}

@@ -1,5 +1,6 @@
 """The drawn report and the comparison of runs, on rows that a run on two cores recorded (tests/recorded)."""
 
+import contextlib
 import copy
 import fnmatch
 import importlib.util
@@ -150,6 +151,19 @@ def test_report_is_whole_and_needs_no_network(tmp_path, stored):
     assert all(name in markdown for name in drawn)
     # every figure says on what, when and how
     assert markdown.count("AMD EPYC, 2 cores, Linux x86_64; 2 threads") >= 5
+
+
+def test_command(tmp_path, monkeypatch):
+    """`pairtile report` is the same code under its installed name."""
+    from pairtile.engine import cli
+
+    for given, code in ((RECORDED, 0), (tmp_path / "absent.json", 2)):
+        monkeypatch.setattr(sys, "argv", ["pairtile", "report", str(given), "--out", str(tmp_path / "out")])
+        monkeypatch.setattr("pairtile.report.page.figures", lambda rows, audit: [])
+        with pytest.raises(SystemExit) if code == 0 else contextlib.nullcontext() as stopped:
+            assert cli.run() == code
+        assert code or stopped.value.code in (0, None)
+    assert (tmp_path / "out" / "report.md").is_file()
 
 
 def test_what_cannot_be_read_is_named(tmp_path):

@@ -91,9 +91,14 @@ def table(audit: Audit) -> Table:
 
 
 def draw_audit(audit: Audit, theme: Theme) -> Canvas:
-    """For each request and phase a span from "nothing overlaps" to "everything overlaps" for each library."""
-    groups = list(dict.fromkeys((each.gpu, each.request, each.phase) for each in audit.bounds))
-    height = len(audit.bounds) + 1.6 * len(groups)
+    """For each request and phase a span from "nothing overlaps" to "everything overlaps" for each library.
+
+    Of requests that no other library has the figures are in the table alone, unless there are no others.
+    """
+    compared = {(each.gpu, each.request) for each in audit.bounds if not each.ours}
+    bounds = [each for each in audit.bounds if not compared or (each.gpu, each.request) in compared]
+    groups = list(dict.fromkeys((each.gpu, each.request, each.phase) for each in bounds))
+    height = len(bounds) + 1.6 * len(groups)
     figure = canvas(10.4, 0.22 * height + 0.8)
     axes = figure.subplots()
     bare(axes, "x")
@@ -102,7 +107,7 @@ def draw_audit(audit: Audit, theme: Theme) -> Canvas:
         gpu, request, phase = group
         axes.text(0, y, f"{request}, {phase}, {gpu}", fontweight="bold", fontsize=9.5, va="center",
                   bbox={"facecolor": theme.background, "linewidth": 0, "pad": 1.5})  # fmt: skip
-        for each in (each for each in audit.bounds if (each.gpu, each.request, each.phase) == group):
+        for each in (each for each in bounds if (each.gpu, each.request, each.phase) == group):
             y -= 1
             color = theme.ours if each.ours else theme.others[0]
             axes.barh(y, each.share4 - each.serial, left=each.serial, height=0.55, color=color)
@@ -111,11 +116,11 @@ def draw_audit(audit: Audit, theme: Theme) -> Canvas:
                 va="center", fontsize=8.5, bbox={"facecolor": theme.background, "linewidth": 0, "pad": 0.6},
             )  # fmt: skip
             ticks.append(y)
-            names.append(each.library if each.ours else f"{each.library} {each.kernel}")
+            names.append(f"{each.library} {each.kernel}".strip())
         y -= 1.6
     axes.set_yticks(ticks, names)
     for label, name in zip(axes.get_yticklabels(), names):
-        label.set_fontweight("bold" if name == "pairtile" else "normal")
+        label.set_fontweight("bold" if name.startswith("pairtile") else "normal")
     axes.set_ylim(y + 0.8, 0.9)
     axes.set_xlim(0, 1.18)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1])

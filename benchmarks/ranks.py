@@ -66,13 +66,15 @@ def traffic(rank: int, world: int) -> None:
 
 def zero(rank: int, world: int) -> None:
     """The gradient is what one step of SGD with learning rate 1 takes off the parameters."""
-    for name in ("clip", "siglip"):
+    for name in rank_losses.LOSSES:
         shares = rank_losses.shares_of(world)[1]
         truth, dense = (
             rank_losses.on_one_process(rank_losses.LOSSES[name], shares, dtype)
             for dtype in (torch.float64, torch.float32)
         )
         for stage in (1, 2, 3):
+            if stage == 3 and name.startswith("coca"):
+                continue  # its loss reads a weight of the towers from outside of them, where ZeRO 3 has it in parts
             for strategy in ("gather", "ring"):
                 given = _under_zero(name, shares, rank, world, stage, strategy)
                 errors = rank_losses.errors_of(given, truth, dense, torch.float32)

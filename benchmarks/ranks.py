@@ -65,8 +65,17 @@ def traffic(rank: int, world: int) -> None:
 
 
 def zero(rank: int, world: int) -> None:
+    """ClipLoss and SigLipLoss; `zero_all` takes every loss."""
+    _zero(rank, world, ["clip", "siglip"])
+
+
+def zero_all(rank: int, world: int) -> None:
+    _zero(rank, world, list(rank_losses.LOSSES))
+
+
+def _zero(rank: int, world: int, names: list[str]) -> None:
     """The gradient is what one step of SGD with learning rate 1 takes off the parameters."""
-    for name in rank_losses.LOSSES:
+    for name in names:
         shares = rank_losses.shares_of(world)[1]
         truth, dense = (
             rank_losses.on_one_process(rank_losses.LOSSES[name], shares, dtype)
@@ -162,6 +171,7 @@ TABLES: dict[str, tuple[Callable[[int, int], None], tuple[int, ...]]] = {
     "requests": (requests, WORLDS),
     "losses": (losses, WORLDS),
     "zero": (zero, (2,)),
+    "zero_all": (zero_all, (2,)),
     "traffic": (traffic, (2, 4, 8)),
     "open_clip": (open_clip, (2, 4)),
 }

@@ -9,6 +9,7 @@ import token_merging as papers
 import torch
 import torch.nn.functional as F
 from contenders import portable_product, threads
+from token_maps import assert_both_maps_round_once
 from torch import Tensor
 
 from pairtile.kernels import use_backend
@@ -185,28 +186,8 @@ def some_matching(batch: int, tokens: int, merged: int, one_place: bool = False)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("one_place", [False, True])
 def test_both_maps_round_once(dtype, one_place):
-    tokens, merged, width = 90, 40, 777  # more than one task, and channels behind the last whole vector
-    x = torch.randn(tokens, 2, width).to(dtype).transpose(0, 1)
-    matching = some_matching(2, tokens, merged, one_place)
-    size = torch.randint(1, 5, (2, tokens)).float()
-    total = size.gather(1, matching.kept).scatter_add(1, matching.places, size.gather(1, matching.sources))
-    alone = torch.ones_like(total).scatter_(1, matching.places, 0.0) == 1
-    assigned = torch.zeros(2, tokens - merged, tokens, dtype=torch.float64)
-    assigned.scatter_(1, matching.place_of().unsqueeze(1), size.double().unsqueeze(1))
-    assigned /= total.double().unsqueeze(-1)
-
-    found = combine(x, matching, size, total)
-    assert found.dtype == dtype
-    assert torch.equal(found[alone], x.gather(1, matching.kept.unsqueeze(-1).expand(-1, -1, width))[alone])
-    # Half a unit in the last place, and the rounding of a float32 sum of up to 41 tokens.
-    tolerance = {"atol": 1e-6, "rtol": torch.finfo(dtype).eps / 2 + 1e-6}
-    torch.testing.assert_close(found.double(), assigned @ x.double(), **tolerance)
-
-    leaf = x.detach().requires_grad_()
-    upstream = torch.randn(found.shape).to(dtype)
-    (gradient,) = torch.autograd.grad(combine(leaf, matching, size, total), leaf, upstream)
-    torch.testing.assert_close(gradient.double(), assigned.mT @ upstream.double(), **tolerance)
-    assert torch.equal(spread(found, matching), found.gather(1, matching.place_of()[..., None].expand(-1, -1, width)))
+    # More than one task, and channels behind the last whole vector.
+    assert_both_maps_round_once(some_matching(2, 90, 40, one_place), 90, 777, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
